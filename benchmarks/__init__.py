@@ -1,0 +1,1 @@
+"""Tasks on real data, the comparison runner, reports and micro-benchmarks."""

@@ -1,0 +1,1 @@
+"""Matrix-free instruments that measure where training ended up."""

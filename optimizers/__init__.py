@@ -1,0 +1,1 @@
+"""Pure-function optax transformations for research optimizers."""
