@@ -1,0 +1,102 @@
+"""Run matrix kernels where the shards are cheap.
+
+A matrix function needs the m×m Gram matrix of the short side.  Three facts decide what
+that costs on a mesh:
+
+* shards along the long side: one all-reduce forms the Gram matrix, everything m×m is
+  local, and the last product is local again;
+* shards along a batch axis: no communication at all;
+* shards along the short side: every m×m product communicates.
+
+So shards of a matrix axis move to the batch axis where its size divides, else to the
+long side, and the result moves back.  On Explicit axes the sharding is part of the
+type, so it is known at trace time; on Auto axes it is not, and only the Gram matrix is
+pinned (replicated) while the compiler places the rest.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AxisType, PartitionSpec
+
+
+def explicit_axes(arrays: Sequence[Any]) -> tuple[str, ...]:
+    """List the Explicit mesh axes over which any of the arrays is sharded."""
+    found: dict[str, None] = {}
+    for array in arrays:
+        sharding = jax.typeof(array).sharding
+        kinds = dict(
+            zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+        )
+        for entry in sharding.spec:
+            for name in entry if isinstance(entry, tuple) else (entry,):
+                if kinds.get(name) == AxisType.Explicit:
+                    found[name] = None
+    return tuple(found)
+
+
+def on_auto_axes(
+    function: Callable[..., Any], arrays: Sequence[jax.Array], *rest: Any
+) -> list[jax.Array]:
+    """Call `function(axes, arrays, *rest)` with Explicit axes turned to Auto inside.
+
+    Args:
+        function: takes the mesh axes found on `arrays` (empty if none), the arrays and
+            the rest; returns a list of arrays of the same shapes.
+        arrays: sharded or not; the results get their shardings back.
+        *rest: further operands, not sharded.
+
+    Returns:
+        The results, each sharded as its input.
+    """
+    axes = explicit_axes(arrays)
+    if axes:
+        shardings = [jax.typeof(a).sharding for a in arrays]
+        inner = jax.sharding.auto_axes(
+            lambda arrays, *rest: function(axes, arrays, *rest), out_sharding=shardings
+        )
+        with jax.sharding.use_abstract_mesh(shardings[0].mesh):
+            return inner(list(arrays), *rest)
+    results = function((), list(arrays), *rest)
+    if _context_mesh_is(AxisType.Manual):
+        return results
+    # Auto axes are not in the type: ask the compiler to give each result the
+    # sharding of its input, which it would otherwise be free to drop.
+    return [
+        shard_alike(a, r)[1] if jax.typeof(a).ndim else r
+        for a, r in zip(arrays, results, strict=True)
+    ]
+
+
+def move_shards(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Place the shards of a stack of wide matrices (batch, short, long)."""
+    if not axes:
+        return x
+    mesh = jax.sharding.get_abstract_mesh()
+    pieces = 1
+    for name in axes:
+        pieces *= mesh.shape[name]
+    if x.shape[0] % pieces == 0:
+        spec = PartitionSpec(axes, None, None)
+    elif x.shape[2] % pieces == 0:
+        spec = PartitionSpec(None, None, axes)
+    else:
+        spec = PartitionSpec(None, None, None)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def replicate_matrix(gram: jax.Array) -> jax.Array:
+    """Keep both axes of the last two whole on every device; leave batch axes free."""
+    if not _context_mesh_is(AxisType.Auto):
+        return gram
+    free = (PartitionSpec.UNCONSTRAINED,) * (gram.ndim - 2)
+    return jax.lax.with_sharding_constraint(gram, PartitionSpec(*free, None, None))
+
+
+def _context_mesh_is(kind: AxisType) -> bool:
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    if kind == AxisType.Manual:
+        return AxisType.Manual in kinds
+    return bool(kinds) and all(k == kind for k in kinds)

@@ -1,0 +1,36 @@
+"""Scale to unit size before squaring, so that squares neither overflow nor vanish."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def unit_scale(
+    x: Float[Array, "..."], axes: tuple[int, ...] | None = (-2, -1)
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Divide by the largest absolute entry.
+
+    Args:
+        x: floating-point array.
+        axes: axes that share one scale; None for all.
+
+    Returns:
+        x / max|x|, all zero where that maximum is zero or not finite, and the maximum
+        with the reduced axes kept.
+    """
+    scale = jnp.max(jnp.abs(x), axes, keepdims=True)
+    usable = jnp.isfinite(scale) & (scale > 0)
+    # The reciprocal of the largest numbers is subnormal, which devices flush to zero.
+    shrink = jnp.where(scale > 1, 0.25, 1).astype(x.dtype)
+    divisor = jnp.where(usable, scale * shrink, 1)
+    return jnp.where(usable, x * shrink / divisor, 0), scale
+
+
+def keep_numerical_rank(
+    s: Float[Array, "*batch k"], size: int
+) -> Float[Array, "*batch k"]:
+    """Zero the singular values that are rounding noise of the largest.
+
+    A threshold below the noise would otherwise lift the null space up to it.
+    """
+    noise = size * jnp.finfo(s.dtype).eps * jnp.max(s, -1, keepdims=True)
+    return jnp.where(s > noise, s, 0)
