@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from basinax.optimizers._checks import check_matrix_and_threshold
-from basinax.optimizers._layout import on_auto_axes
+from basinax.optimizers._layout import on_wide_matrices
 from basinax.optimizers._scaling import keep_numerical_rank, unit_scale
 from basinax.optimizers._spectral_derivative import PRECISION, spectral_tangent
 
@@ -57,13 +57,11 @@ def hard_spectral_clip(
 
 @jax.jit
 def _hard_spectral_clip(x: Array, threshold: Array) -> Array:
-    if x.size == 0:
-        return x
-    return on_auto_axes(lambda _, xs, c: [hard_clip(xs[0], c)], [x], threshold)[0]
+    return on_wide_matrices(hard_clip, x, threshold)
 
 
 def hard_clip(x: Array, threshold: Array) -> Array:
-    """Clip matrices of either orientation, without checks."""
+    """Clip matrices, without checks."""
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     c = jnp.broadcast_to(threshold.astype(y.dtype), y.shape[:-2])
     return _clip(y, c).astype(x.dtype)

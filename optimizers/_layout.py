@@ -70,6 +70,34 @@ def on_auto_axes(
     ]
 
 
+def on_wide_matrices(
+    function: Callable[..., jax.Array], x: jax.Array, *rest: Any
+) -> jax.Array:
+    """Apply a function of wide matrices (*batch, short, long) to matrices like x.
+
+    Args:
+        function: takes matrices with at most as many rows as columns and the rest.
+        x: matrices of either orientation, sharded or not.
+        *rest: further operands, not sharded.
+
+    Returns:
+        The result in the orientation and sharding of `x`; `x` itself if it is empty.
+    """
+
+    def run(
+        axes: tuple[str, ...], arrays: list[jax.Array], *rest: Any
+    ) -> list[jax.Array]:
+        (y,) = arrays
+        tall = y.shape[-2] > y.shape[-1]
+        wide = y.mT if tall else y
+        stack = move_shards(wide.reshape(-1, *wide.shape[-2:]), axes)
+        y = function(stack.reshape(wide.shape), *rest)
+        y = move_shards(y.reshape(stack.shape), axes).reshape(wide.shape)
+        return [y.mT if tall else y]
+
+    return on_auto_axes(run, [x], *rest)[0] if x.size else x
+
+
 def move_shards(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Place the shards of a stack of wide matrices (batch, short, long)."""
     if not axes:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from basinax.optimizers._checks import check_matrix_and_threshold, check_steps
-from basinax.optimizers._layout import move_shards, on_auto_axes, replicate_matrix
+from basinax.optimizers._layout import on_wide_matrices, replicate_matrix
 from basinax.optimizers._scaling import unit_scale
 from basinax.optimizers._spectral_derivative import PRECISION
 
@@ -60,17 +60,7 @@ def orthogonalize(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _orthogonalize(x: Array, steps: int) -> Array:
-    def run(axes: tuple[str, ...], arrays: list[Array]) -> list[Array]:
-        (y,) = arrays
-        m, n = y.shape[-2:]
-        wide = y if m <= n else y.mT
-        stack = move_shards(wide.reshape(-1, *wide.shape[-2:]), axes)
-        y = orthogonalize_wide(stack.reshape(wide.shape), steps)
-        return [y if m <= n else y.mT]
-
-    if x.size == 0:
-        return x
-    return on_auto_axes(run, [x])[0]
+    return on_wide_matrices(lambda x: orthogonalize_wide(x, steps), x)
 
 
 def orthogonalize_wide(x: Array, steps: int) -> Array:

@@ -26,7 +26,7 @@ from basinax.optimizers._checks import (
     check_matrix_and_threshold,
     check_steps,
 )
-from basinax.optimizers._layout import move_shards, on_auto_axes, replicate_matrix
+from basinax.optimizers._layout import on_wide_matrices, replicate_matrix
 from basinax.optimizers._minimax import (
     OCTAVES,
     ROWS_PER_OCTAVE,
@@ -109,19 +109,9 @@ def soft_spectral_clip(
 def _soft_spectral_clip(
     x: Array, threshold: Array, method: Method, steps: int, dtype: Any
 ) -> Array:
-    def clip(
-        axes: tuple[str, ...], arrays: list[Array], threshold: Array
-    ) -> list[Array]:
-        (y,) = arrays
-        m, n = y.shape[-2:]
-        wide = y if m <= n else y.mT
-        stack = move_shards(wide.reshape(-1, *wide.shape[-2:]), axes)
-        y = clip_wide(stack.reshape(wide.shape), threshold, method, steps, dtype)
-        return [y if m <= n else y.mT]
-
-    if x.size == 0:
-        return x
-    return on_auto_axes(clip, [x], threshold)[0]
+    return on_wide_matrices(
+        lambda x, c: clip_wide(x, c, method, steps, dtype), x, threshold
+    )
 
 
 def clip_wide(
@@ -129,7 +119,8 @@ def clip_wide(
 ) -> Array:
     """Clip matrices with at most as many rows as columns, without checks."""
     work = jnp.promote_types(x.dtype, jnp.float32) if dtype is None else dtype
-    y = x.astype(jnp.promote_types(work, jnp.float32))
+    # Rounded to the working type once, as the authors do, then at least float32.
+    y = x.astype(work).astype(jnp.promote_types(work, jnp.float32))
     c = jnp.broadcast_to(threshold.astype(y.dtype), y.shape[:-2])
     return _clip(method, steps, jnp.dtype(work), y, c).astype(x.dtype)
 

@@ -9,8 +9,8 @@ orthogonalisation.  Vectors follow the same formula with their Euclidean norm as
 singular value.  Jiang, Semenov and Stich, "SPECTRA" (ICML 2026, arXiv:2603.14315).
 """
 
+import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -131,7 +131,7 @@ def spectral_clip(
         check_threshold(threshold)
     default_steps = STEPS if kind == "normalize" else NEWTON_SCHULZ_STEPS
     steps = check_steps(default_steps if steps is None else steps)
-    clip_stack = _stack_clip(kind, method, steps)
+    clip = StackClip(kind, method, steps)
 
     def init_fn(params: optax.Params) -> SpectralClipState:
         del params
@@ -162,9 +162,8 @@ def spectral_clip(
                 groups.setdefault(key, []).append((i, reading))
         for members in groups.values():
             indices, readings = zip(*members, strict=True)
-            scales = [aspect_ratio_scale(r) if aspect_scale else 1.0 for r in readings]
             results = _clip_matrices(
-                clip_stack, [leaves[i] for i in indices], readings, scales, c
+                [leaves[i] for i in indices], c, readings, clip, aspect_scale
             )
             for i, result in zip(indices, results, strict=True):
                 leaves[i] = result
@@ -204,42 +203,51 @@ def aspect_ratio_scale(reading: Matrices) -> float:
     return math.sqrt(max(1.0, reading.fan_out / reading.fan_in))
 
 
-def _stack_clip(
-    kind: Kind, method: Method, steps: int
-) -> Callable[[Array, Array], Array]:
-    """Choose the clip of a stack (batch, short, long); matrices are independent."""
-    if kind == "hard":
-        return hard_clip
-    if kind == "normalize":
-        return lambda x, _: orthogonalize_wide(x, steps)
-    if method == "newton_schulz":  # on a stack it would share one spectral bound
-        return jax.vmap(lambda x, c: clip_wide(x, c, method, steps), (0, None))
-    return lambda x, c: clip_wide(x, c, method, steps)
+class StackClip(NamedTuple):
+    """The clip of a stack of matrices (batch, short, long); hashable, hence static."""
+
+    kind: Kind
+    method: Method
+    steps: int
+
+    def __call__(self, x: Array, c: Array) -> Array:
+        """Clip every matrix of the stack by itself."""
+        kind, method, steps = self
+        if kind == "hard":
+            return hard_clip(x, c)
+        if kind == "normalize":
+            return orthogonalize_wide(x, steps)
+        if method == "newton_schulz":  # on a stack it would share one spectral bound
+            return jax.vmap(lambda x: clip_wide(x, c, method, steps))(x)
+        return clip_wide(x, c, method, steps)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _clip_matrices(
-    clip_stack: Callable[[Array, Array], Array],
     leaves: list[Array],
-    readings: tuple[Matrices, ...],
-    scales: list[float],
     threshold: Array,
+    readings: tuple[Matrices, ...],
+    clip: StackClip,
+    aspect_scale: bool,
 ) -> list[Array]:
     def run(
         axes: tuple[str, ...], leaves: list[Array], threshold: Array
     ) -> list[Array]:
         stacks = [r.wide(leaf) for r, leaf in zip(readings, leaves, strict=True)]
         stack = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
-        clipped = clip_stack(move_shards(stack, axes), threshold)
+        clipped = move_shards(clip(move_shards(stack, axes), threshold), axes)
         results, start = [], 0
-        for reading, scale in zip(readings, scales, strict=True):
-            part = clipped[start : start + reading.batch]
-            results.append(reading.leaf(part if scale == 1 else part * scale))
+        for reading in readings:
+            part = reading.leaf(clipped[start : start + reading.batch])
+            scale = aspect_ratio_scale(reading) if aspect_scale else 1.0
+            results.append(part if scale == 1 else part * scale)
             start += reading.batch
         return results
 
     return on_auto_axes(run, leaves, threshold)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _clip_vector(
     v: Float[Array, "..."], threshold: Array, kind: Kind, vectors: Vectors
 ) -> Float[Array, "..."]:
