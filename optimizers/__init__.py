@@ -10,6 +10,7 @@ Every name is a pure function.  Kernels work on arrays, transformations on trees
 """
 
 from basinax.optimizers._hard_clip import hard_spectral_clip
+from basinax.optimizers._mars import VarianceReductionState, scale_by_mars
 from basinax.optimizers._orthogonalize import orthogonalize
 from basinax.optimizers._soft_clip import soft_spectral_clip
 from basinax.optimizers._spectra import (
@@ -41,4 +42,7 @@ __all__ = [  # noqa: RUF022 - grouped by concept
     "spectra_adamw",
     "spectra_signum",
     "spectra_ademamix",
+    # Base directions
+    "scale_by_mars",
+    "VarianceReductionState",
 ]

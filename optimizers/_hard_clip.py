@@ -2,10 +2,10 @@
 
     clip_c(X) = P diag(min(σ, c)) Qᵀ    for X = P diag(σ) Qᵀ
 
-is the clip of the theory in Jiang, Semenov and Stich, "SPECTRA" (ICML 2026,
-arXiv:2603.14315): with it a step with decoupled weight decay is exactly a step of
-composite Frank-Wolfe on a spectral-norm ball.  It is also the closest point of that
-ball to X in Frobenius norm.
+is the clip of the theory in Jiang, Semenov and Stich, "Enhancing LLM Training via
+Spectral Clipping" (ICML 2026, arXiv:2603.14315): with it a step with decoupled weight
+decay is exactly a step of composite Frank-Wolfe on a spectral-norm ball.  It is also
+the closest point of that ball to X in Frobenius norm.
 """
 
 from typing import Any

@@ -2,8 +2,9 @@
 
     H_c(X) = (I + X Xᵀ / c²)^(-1/2) X,       σ ↦ σ / sqrt(1 + σ² / c²)
 
-Jiang, Semenov and Stich, "SPECTRA" (ICML 2026, arXiv:2603.14315).  Singular vectors
-stay, every singular value ends below c, small ones are left alone.
+Jiang, Semenov and Stich, "Enhancing LLM Training via Spectral Clipping" (ICML 2026,
+arXiv:2603.14315).  Singular vectors stay, every singular value ends below c, small
+ones are left alone.
 
 Everything is computed from the normalised matrix X̂ = X / f, f = ‖X‖_F:
 

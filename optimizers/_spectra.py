@@ -7,7 +7,8 @@ C_c the soft spectral clip and α = sqrt(max(1, fan_out/fan_in)).  Weight decay 
 decoupled and never clipped.  The weights then stay in a spectral-norm ball:
 ‖X_k‖₂ <= Π(1 - λη_i) ‖X_0‖₂ + (1 - Π(1 - λη_i)) α c / λ.
 
-Jiang, Semenov and Stich, "SPECTRA" (ICML 2026, arXiv:2603.14315).
+Jiang, Semenov and Stich, "Enhancing LLM Training via Spectral Clipping" (ICML 2026,
+arXiv:2603.14315).
 """
 
 from typing import Any

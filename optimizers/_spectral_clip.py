@@ -6,7 +6,8 @@ For a matrix direction U and a threshold c_k the update becomes
 
 with C the soft clip U ↦ (I + U Uᵀ/c²)^(-1/2) U, the hard clip σ ↦ min(σ, c), or an
 orthogonalisation.  Vectors follow the same formula with their Euclidean norm as only
-singular value.  Jiang, Semenov and Stich, "SPECTRA" (ICML 2026, arXiv:2603.14315).
+singular value.  Jiang, Semenov and Stich, "Enhancing LLM Training via Spectral
+Clipping" (ICML 2026, arXiv:2603.14315).
 """
 
 import functools

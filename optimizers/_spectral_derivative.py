@@ -2,8 +2,8 @@
 
 For a thin singular value decomposition X = U Σ Vᵀ and an odd function f, the map
 F(X) = U f(Σ) Vᵀ has the directional derivative (Daleckii and Krein; Noferini 2017,
-"A formula for the Fréchet derivative of a generalized matrix function", Theorem 2.1's
-real case).  With K = Uᵀ Ẋ V, S and A its symmetric and skew parts:
+"A formula for the Fréchet derivative of a generalized matrix function").  With
+K = Uᵀ Ẋ V, S and A its symmetric and skew parts:
 
     Ḟ = U (P ∘ S + N ∘ A) Vᵀ + (Ẋ V - U K) R Vᵀ + U R (Uᵀ Ẋ - K Vᵀ)
 

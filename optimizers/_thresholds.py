@@ -6,7 +6,8 @@ During warm-up SPECTRA keeps the product of threshold and learning rate constant
 
 so the largest step is the same from the start and early updates are hardly clipped.
 Optionally c decays over the last d = int(fraction · total_steps) steps.  Both from the
-code of Jiang, Semenov and Stich, "SPECTRA" (ICML 2026, arXiv:2603.14315).
+code of Jiang, Semenov and Stich, "Enhancing LLM Training via Spectral Clipping" (ICML
+2026, arXiv:2603.14315).
 """
 
 from typing import Any, Literal, get_args

@@ -255,6 +255,26 @@ class TestTrajectories:
         )
         assert_reproduces(run, "f64", adamw(run, threshold=threshold))
 
+    def test_mars(self):
+        """Matrices by MARS; gains by AdamW at a third of the rate, decay included."""
+        run = "mars_clip_all"
+        b1, b2 = hp("betas")
+        gains = optax.chain(
+            optax.scale_by_adam(b1, b2),
+            optax.add_decayed_weights(0.1),
+            optax.scale(1 / 3),
+        )
+        labels = {n: "gain" if n == "gain" else "matrix" for n in NAMES}
+        direction = optax.partition(
+            {"matrix": bx.scale_by_mars(), "gain": gains}, labels
+        )
+        # Their threshold couples to the global rate, a third of the matrices' own.
+        threshold = bx.coupled_threshold(
+            hp("c"), learning_rate(run), int(hp("warm")), peak_learning_rate=hp("lr")
+        )
+        options = common(run, threshold=threshold, warmup_steps=0)
+        assert_reproduces(run, "f64", bx.spectra(direction, **options))
+
     @pytest.mark.parametrize("post", [False, True])
     @pytest.mark.parametrize("iterated", [False, True])
     def test_pre_clip(self, post, iterated):
