@@ -1,1 +1,16 @@
 """Matrix-free instruments that measure where training ended up."""
+
+from basinax.landscape._eigenpairs import Eigenpairs, eigenpairs
+from basinax.landscape._operators import dense, hessian
+from basinax.landscape._trace import Estimate, trace
+
+__all__ = [  # noqa: RUF022
+    # operators
+    "dense",
+    "hessian",
+    # spectra
+    "Eigenpairs",
+    "Estimate",
+    "eigenpairs",
+    "trace",
+]

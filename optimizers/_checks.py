@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 
@@ -28,7 +28,7 @@ def check_steps(steps: Any) -> int:
 
 def check_threshold(threshold: Any) -> None:
     """Refuse a threshold that is known now to be negative or NaN."""
-    if isinstance(threshold, jax.core.Tracer):
+    if isinstance(threshold, Tracer):
         return
     try:
         values = np.asarray(threshold, np.float64)

@@ -54,7 +54,7 @@ def on_auto_axes(
     axes = explicit_axes(arrays)
     if axes:
         shardings = [jax.typeof(a).sharding for a in arrays]
-        inner = jax.sharding.auto_axes(
+        inner: Any = jax.sharding.auto_axes(
             lambda arrays, *rest: function(axes, arrays, *rest), out_sharding=shardings
         )
         with jax.sharding.use_abstract_mesh(shardings[0].mesh):

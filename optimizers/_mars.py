@@ -63,7 +63,7 @@ def scale_by_mars(
 
     def update_fn(
         updates: optax.Updates,
-        state: VarianceReductionState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, VarianceReductionState]:

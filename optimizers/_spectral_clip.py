@@ -140,7 +140,7 @@ def spectral_clip(
 
     def update_fn(
         updates: optax.Updates,
-        state: SpectralClipState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SpectralClipState]:
@@ -168,7 +168,7 @@ def spectral_clip(
             )
             for i, result in zip(indices, results, strict=True):
                 leaves[i] = result
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         return jax.tree.unflatten(treedef, leaves), SpectralClipState(count)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from basinax.optimizers._checks import check_choice, check_threshold
@@ -65,7 +66,7 @@ def coupled_threshold(
             rates = jax.vmap(learning_rate)(jnp.arange(warmup_steps + 1))
             peak_learning_rate = jnp.max(rates)
 
-    def schedule(count: Any) -> Array:
+    def schedule(count: Any) -> ArrayLike:
         rate = jnp.maximum(learning_rate(count), MIN_LEARNING_RATE)
         ratio = jnp.where(count < warmup_steps, peak_learning_rate / rate, 1)
         return base(count) * ratio
@@ -125,7 +126,7 @@ def decayed_threshold(
             return (1 + jnp.cos(jnp.pi * p)) / 2
         return 1 - p**2 if shape == "square" else 1 - p
 
-    def schedule(count: Any) -> Array:
+    def schedule(count: Any) -> ArrayLike:
         steps_in = count - (total_steps - decay_steps)
         p = jnp.clip(steps_in / max(decay_steps, 1), 0, 1 if decay_steps else 0)
         if shape == "exp" and final_scale > 0:
