@@ -15,10 +15,14 @@ from typing import Any
 
 import optax
 
-from basinax.optimizers._spectral_clip import spectral_clip
+from basinax.optimizers._spectral_clip import (
+    spectral_clip,
+    takes_spectral_clip_options,
+)
 from basinax.optimizers._thresholds import coupled_threshold
 
 
+@takes_spectral_clip_options
 def spectra(
     direction: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -76,6 +80,7 @@ def spectra(
     )
 
 
+@takes_spectral_clip_options
 def spectra_adamw(
     learning_rate: optax.ScalarOrSchedule,
     threshold: optax.ScalarOrSchedule,
@@ -123,6 +128,7 @@ def spectra_adamw(
     )
 
 
+@takes_spectral_clip_options
 def spectra_signum(
     learning_rate: optax.ScalarOrSchedule,
     threshold: optax.ScalarOrSchedule,
@@ -172,6 +178,7 @@ def spectra_signum(
     )
 
 
+@takes_spectral_clip_options
 def spectra_ademamix(
     learning_rate: optax.ScalarOrSchedule,
     threshold: optax.ScalarOrSchedule,

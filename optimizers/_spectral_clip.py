@@ -11,6 +11,7 @@ Clipping" (ICML 2026, arXiv:2603.14315).
 """
 
 import functools
+import inspect
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -174,17 +175,38 @@ def spectral_clip(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def takes_spectral_clip_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Show the options of `spectral_clip` in the signature of a function with **options.
+
+    Not only for readers: `optax.inject_hyperparams` binds arguments by signature.
+    """
+    own = inspect.signature(function).parameters
+    options = inspect.signature(spectral_clip).parameters.values()
+    shown = [p for p in own.values() if p.kind is not p.VAR_KEYWORD]
+    shown += [p for p in options if p.kind is p.KEYWORD_ONLY and p.name not in own]
+    signature = inspect.signature(function).replace(parameters=shown)
+    function.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
+@takes_spectral_clip_options
 def pre_spectral_clip(
-    threshold: optax.ScalarOrSchedule, **options: Any
+    threshold: optax.ScalarOrSchedule,
+    *,
+    aspect_scale: bool = False,
+    vectors: Vectors = "skip",
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Clip raw gradients spectrally, before the optimizer sees them.
 
-    Place it first in a chain, ahead of any global-norm clipping.  It is
-    `spectral_clip(threshold, aspect_scale=False, vectors="skip")`; options as there.
+    Place it first in a chain, ahead of any global-norm clipping.  It is `spectral_clip`
+    with the authors' choices for raw gradients: no aspect scale, vectors untouched.
 
     Args:
         threshold: c >= 0 in the units of the gradient; the authors use 0.1.
-        **options: keyword arguments of `spectral_clip`.
+        aspect_scale: as in `spectral_clip`.
+        vectors: as in `spectral_clip`.
+        **options: further keyword arguments of `spectral_clip`.
 
     Returns:
         The transformation.
@@ -195,7 +217,7 @@ def pre_spectral_clip(
         >>> tx = optax.chain(pre_spectral_clip(0.1), optax.adamw(1e-3))
     """
     return spectral_clip(
-        threshold, **{"aspect_scale": False, "vectors": "skip", **options}
+        threshold, aspect_scale=aspect_scale, vectors=vectors, **options
     )
 
 

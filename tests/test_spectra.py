@@ -134,6 +134,28 @@ class TestSpectra:
         # at 1e-4 times sign matrices of norm >= 3 against a bound of 5e-3.
         assert norms[0] > 2.9e-4
 
+    @pytest.mark.parametrize(
+        ("make", "rates"),
+        [
+            (pre_spectral_clip, {}),
+            (spectra_adamw, {"learning_rate": 0.1}),
+            (spectra_signum, {"learning_rate": 0.1}),
+            (spectra_ademamix, {"learning_rate": 0.1}),
+        ],
+    )
+    def test_options_pass_through_injected_hyperparameters(self, make, rates):
+        options = {"kind": "hard", "batch_same_shapes": False}
+        injected = optax.inject_hyperparams(make, static_args="warmup_steps")
+        p = self.tree()
+        updates = [
+            tx.update(p, tx.init(p), p)[0]
+            for tx in (
+                injected(**rates, threshold=0.5, **options),
+                make(**rates, threshold=0.5, **options),
+            )
+        ]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *updates)
+
     def test_pre_clip(self):
         tree = self.tree()
         clipped = apply(pre_spectral_clip(0.1), tree)

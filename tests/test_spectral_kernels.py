@@ -212,6 +212,19 @@ def test_authors_iteration_is_far_off_where_the_polynomial_is_not():
         assert low <= error <= high, method
 
 
+def test_auto_on_cpu_decomposes_where_polynomials_are_not_exact():
+    rng = np.random.default_rng(0)
+    spiky = with_spectrum(rng, (24, 40), np.geomspace(1e-3, 1, 24))
+    x = jnp.asarray(spiky, jnp.float32)
+    for kappa, same in ((20, "polynomial"), (40, "eigh"), (200, "eigh")):
+        auto = soft_spectral_clip(x, 1 / kappa)
+        chosen = soft_spectral_clip(x, 1 / kappa, method=same)
+        np.testing.assert_array_equal(auto, chosen)
+        # The eigenvalues of the Gram matrix cost eps·κ² of the smallest directions.
+        eps = float(jnp.finfo(jnp.float32).eps)
+        assert_close(auto, reference(x, 1 / kappa), 1e-5 + 0.1 * eps * kappa**2)
+
+
 @pytest.mark.parametrize("kappa", [100, 1e3, 1e5])
 @pytest.mark.parametrize("method", ["auto", "eigh", "polynomial", "svd"])
 def test_never_above_the_threshold(method, kappa):
@@ -323,6 +336,11 @@ class TestHardClip:
         assert not hard_spectral_clip(jnp.zeros((3, 4)), 0.0).any()
         assert jnp.isnan(hard_spectral_clip(jnp.full((3, 4), jnp.nan), 1.0)).all()
         assert hard_spectral_clip(jnp.ones((0, 4)), 1.0).shape == (0, 4)
+        # Rank one, with a threshold far below the rounding of the decomposition.
+        rank_one = hard_spectral_clip(jnp.ones((4, 6)), 1e-30)
+        np.testing.assert_allclose(
+            rank_one, np.full((4, 6), 1e-30 * 24**-0.5), rtol=1e-5
+        )
         largest = hard_spectral_clip(jnp.full((4, 6), 3e38), 1.0)
         np.testing.assert_allclose(largest, np.full((4, 6), 24**-0.5), rtol=1e-5)
 
