@@ -13,7 +13,8 @@ Clipping" (ICML 2026, arXiv:2603.14315).
 import functools
 import inspect
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ from basinax.optimizers._orthogonalize import EPS, STEPS, orthogonalize_wide
 from basinax.optimizers._scaling import unit_scale
 from basinax.optimizers._soft_clip import NEWTON_SCHULZ_STEPS, Method, clip_wide
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 Kind = Literal["soft", "hard", "normalize"]
 Vectors = Literal["smooth", "reference", "skip"]
 
@@ -175,8 +177,8 @@ def spectral_clip(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def takes_spectral_clip_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Show the options of `spectral_clip` in the signature of a function with **options.
+def takes_spectral_clip_options(function: _Function) -> _Function:
+    """Show the options of `spectral_clip` in the signature of what forwards them.
 
     Not only for readers: `optax.inject_hyperparams` binds arguments by signature.
     """
