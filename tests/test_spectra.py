@@ -145,7 +145,8 @@ class TestSpectra:
     )
     def test_options_pass_through_injected_hyperparameters(self, make, rates):
         options = {"kind": "hard", "batch_same_shapes": False}
-        injected = optax.inject_hyperparams(make, static_args="warmup_steps")
+        static = ["warmup_steps"] if rates else []
+        injected = optax.inject_hyperparams(make, static_args=static)
         p = self.tree()
         updates = [
             tx.update(p, tx.init(p), p)[0]
