@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from basinax.optimizers._checks import check_matrix_and_threshold
+from basinax.optimizers._decompose import ThinSVD, keep_numerical_rank, thin_svd
 from basinax.optimizers._layout import on_wide_matrices
-from basinax.optimizers._scaling import keep_numerical_rank, unit_scale
+from basinax.optimizers._scaling import unit_scale
 from basinax.optimizers._spectral_derivative import PRECISION, spectral_tangent
 
 
@@ -92,9 +93,9 @@ def _clip_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return value, tangent + by_c
 
 
-def _decompose_and_clip(x: Array, c: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+def _decompose_and_clip(x: Array, c: Array) -> tuple[Array, ThinSVD]:
     scaled, scale = unit_scale(x)
-    u, s, vt = jnp.linalg.svd(scaled, full_matrices=False)
+    u, s, vt = thin_svd(scaled)
     s = keep_numerical_rank(s, max(x.shape[-2:]))
     s = s * jnp.where(jnp.isfinite(scale), scale, 0)[..., 0]
     c = c[..., None]
@@ -102,4 +103,4 @@ def _decompose_and_clip(x: Array, c: Array) -> tuple[Array, tuple[Array, Array, 
     inside = jnp.max(s, -1, keepdims=True) <= c
     out = jnp.where(inside[..., None], x, product)
     out = jnp.where(jnp.isfinite(scale), out, jnp.nan)
-    return out, (u, s, vt)
+    return out, ThinSVD(u, s, vt)

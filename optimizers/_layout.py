@@ -115,12 +115,12 @@ def move_shards(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def replicate_matrix(gram: jax.Array) -> jax.Array:
-    """Keep both axes of the last two whole on every device; leave batch axes free."""
+def replicate_matrix(x: jax.Array) -> jax.Array:
+    """Keep both of the last two axes whole on every device; leave batch axes free."""
     if not _context_mesh_is(AxisType.Auto):
-        return gram
-    free = (PartitionSpec.UNCONSTRAINED,) * (gram.ndim - 2)
-    return jax.lax.with_sharding_constraint(gram, PartitionSpec(*free, None, None))
+        return x
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 2)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*free, None, None))
 
 
 def _context_mesh_is(kind: AxisType) -> bool:

@@ -23,14 +23,3 @@ def unit_scale(
     shrink = jnp.where(scale > 1, 0.25, 1).astype(x.dtype)
     divisor = jnp.where(usable, scale * shrink, 1)
     return jnp.where(usable, x * shrink / divisor, 0), scale
-
-
-def keep_numerical_rank(
-    s: Float[Array, "*batch k"], size: int
-) -> Float[Array, "*batch k"]:
-    """Zero the singular values that are rounding noise of the largest.
-
-    A threshold below the noise would otherwise lift the null space up to it.
-    """
-    noise = size * jnp.finfo(s.dtype).eps * jnp.max(s, -1, keepdims=True)
-    return jnp.where(s > noise, s, 0)

@@ -15,6 +15,7 @@ in which no square overflows, c = 0 gives 0 and c = ∞ gives X.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -27,13 +28,14 @@ from basinax.optimizers._checks import (
     check_matrix_and_threshold,
     check_steps,
 )
+from basinax.optimizers._decompose import keep_numerical_rank, thin_svd
 from basinax.optimizers._layout import on_wide_matrices, replicate_matrix
 from basinax.optimizers._minimax import (
     OCTAVES,
     ROWS_PER_OCTAVE,
     inverse_sqrt_table,
 )
-from basinax.optimizers._scaling import keep_numerical_rank, unit_scale
+from basinax.optimizers._scaling import unit_scale
 from basinax.optimizers._spectral_derivative import PRECISION, spectral_tangent
 
 Method = Literal["auto", "eigh", "polynomial", "newton_schulz", "svd"]
@@ -128,9 +130,16 @@ def clip_wide(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _clip(method: Method, steps: int, work: np.dtype, x: Array, c: Array) -> Array:
-    scaled, gram, w, restore = _normalize(x, c, whole_stack=method == "newton_schulz")
     if method == "svd":
-        return restore(_clip_by_svd(scaled, w))
+        return _clip_by_svd(x, c)
+    axes = None if method == "newton_schulz" else (-2, -1)
+    scaled, scale = unit_scale(x, axes)
+    gram = replicate_matrix(jnp.matmul(scaled, scaled.mT, precision=PRECISION))
+    # The norm from the trace: on a sharded long side this saves an all-reduce.
+    norm2 = jnp.max(_trace(gram), axes, keepdims=True)
+    norm2 = jnp.where(norm2 > 0, norm2, 1)
+    w, restore = _weigh(x, c, scale, norm2)
+    scaled, gram = scaled / jnp.sqrt(norm2), gram / norm2
     if method == "newton_schulz":
         z = _inverse_sqrt_by_newton_schulz(gram.astype(work), w.astype(work), steps)
         product = jnp.matmul(z, scaled.astype(work), precision=PRECISION)
@@ -143,6 +152,8 @@ def _clip(method: Method, steps: int, work: np.dtype, x: Array, c: Array) -> Arr
         z = jax.lax.platform_dependent(
             gram, w, cpu=_inverse_sqrt_on_cpu, default=_inverse_sqrt_by_polynomial
         )
+    # Pinned at both ends, nothing between the Gram matrix and Z communicates.
+    z = replicate_matrix(z)
     return restore(jnp.matmul(z, scaled, precision=PRECISION))
 
 
@@ -152,7 +163,7 @@ def _clip_jvp(
 ) -> tuple[Array, Array]:
     (x, c), (dx, dc) = primals, tangents
     value = _clip(method, steps, work, x, c)
-    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    u, s, vt = thin_svd(x)
     r = s / jnp.where(c > 0, c, 1)[..., None]  # c = 0 is masked below
     a = jnp.sqrt(1 + r**2)
     ai, aj, ri, rj = a[..., None], a[..., None, :], r[..., None], r[..., None, :]
@@ -260,27 +271,25 @@ def _inverse_sqrt_by_newton_schulz(gram: Array, w: Array, steps: int) -> Array:
     return z / jnp.sqrt(top)
 
 
-def _clip_by_svd(scaled: Array, w: Array) -> Array:
+def _clip_by_svd(x: Array, c: Array) -> Array:
     """Apply the scalar map to the singular values: Z X̂ = U diag(s / d) Vᵀ."""
-    u, s, vt = jnp.linalg.svd(scaled, full_matrices=False)
-    s, w = keep_numerical_rank(s, max(scaled.shape[-2:])), w[..., 0]
+    scaled, scale = unit_scale(x)
+    u, s, vt = thin_svd(scaled)
+    s = keep_numerical_rank(s, max(x.shape[-2:]))
+    norm2 = jnp.sum(s**2, -1)[..., None, None]
+    norm2 = jnp.where(norm2 > 0, norm2, 1)
+    w, restore = _weigh(x, c, scale, norm2)
+    s, w = s / jnp.sqrt(norm2[..., 0]), w[..., 0]
     d = jnp.sqrt(w + (1 - w) * s**2)
     s = s / jnp.where(d > 0, d, 1)
-    return jnp.matmul(u * s[..., None, :], vt, precision=PRECISION)
+    return restore(jnp.matmul(u * s[..., None, :], vt, precision=PRECISION))
 
 
-def _normalize(
-    x: Array, c: Array, *, whole_stack: bool = False
-) -> tuple[Array, Array, Array, Any]:
-    """Return X̂, its Gram matrix, w, and the map Z X̂ ↦ f sqrt(w) Z X̂."""
-    axes = None if whole_stack else (-2, -1)
+def _weigh(
+    x: Array, c: Array, scale: Array, norm2: Array
+) -> tuple[Array, Callable[[Array], Array]]:
+    """Return w and the map Z X̂ ↦ f sqrt(w) Z X̂, with f² = scale² norm2."""
     c = c[..., None, None]
-    # The scale also tells whether the matrix is finite; no decomposition sees NaN.
-    scaled, scale = unit_scale(x, axes)
-    gram = replicate_matrix(jnp.matmul(scaled, scaled.mT, precision=PRECISION))
-    # The norm from the trace: on a sharded long side this saves an all-reduce.
-    norm2 = jnp.max(_trace(gram), axes, keepdims=True)
-    norm2 = jnp.where(norm2 > 0, norm2, 1)
     r = jnp.where(scale > 0, scale / c * jnp.sqrt(norm2), 0)  # f / c, may be ∞
     w = 1 / (1 + r**2)
 
@@ -291,9 +300,10 @@ def _normalize(
         out = jnp.where(r < 1, small, large)
         # At w = 1 the map is the identity to rounding: return x itself, bit for bit.
         out = jnp.where(w == 1, x, out)
+        # The scale tells whether the matrix was finite; no decomposition sees NaN.
         return jnp.where(jnp.isfinite(scale), out, jnp.nan)
 
-    return scaled / jnp.sqrt(norm2), gram / norm2, w, restore
+    return w, restore
 
 
 def _eye_like(matrix: Array) -> Array:

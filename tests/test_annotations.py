@@ -7,7 +7,7 @@ from beartype import beartype
 from beartype.roar import BeartypeCallHintViolation
 
 from basinax import optimizers as bx
-from basinax.optimizers import _scaling, _spectral_derivative
+from basinax.optimizers import _decompose, _scaling, _spectral_derivative
 
 STACK = jnp.arange(24.0).reshape(2, 3, 4)
 SQUARE, RATIO = jnp.ones((2, 3, 3)), jnp.ones((2, 3))
@@ -20,7 +20,7 @@ SQUARE, RATIO = jnp.ones((2, 3, 3)), jnp.ones((2, 3))
         (bx.hard_spectral_clip, (STACK, 1.0)),
         (bx.orthogonalize, (STACK,)),
         (_scaling.unit_scale, (STACK,)),
-        (_scaling.keep_numerical_rank, (RATIO, 3)),
+        (_decompose.keep_numerical_rank, (RATIO, 3)),
         (
             _spectral_derivative.spectral_tangent,
             (STACK, SQUARE, STACK, SQUARE, SQUARE, RATIO),

@@ -132,15 +132,37 @@ def test_long_side_costs_two_all_reduces(kind, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (16, 20), (3, 16, 64)])
+def test_short_side_on_an_auto_mesh(method, shape):
+    """The type does not tell, yet nothing between Gram matrix and Z communicates."""
+    mesh = make_mesh(AxisType.Auto)
+    short = 0 if shape[-2] < shape[-1] else 1
+    spec = P(*[None] * (len(shape) - 2), *(("d", None) if short == 0 else (None, "d")))
+    with jax.set_mesh(mesh):
+        x = place(jnp.ones(shape), mesh, spec)
+        tx = spectral_clip(2.0, method=method, dimension_numbers=STACKED)
+        found = collectives(compiled_text(lambda x: clip_tree(tx, x), x))
+    # The largest entry, the matrix to form G, the matrix for Z X, and G itself.
+    assert sum(found.values()) <= 4, found
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("as_kernel", [False, True])
 @pytest.mark.parametrize("spec", [P(None, "d", None), P(None, None, "d")])
-def test_stacked_layers_move_to_the_layer_axis(method, spec):
+def test_stacked_layers_move_to_the_layer_axis(method, spec, as_kernel):
     """Each device then owns whole matrices: data moves in and out, nothing else."""
     mesh = make_mesh(AxisType.Explicit)
+    tx = spectral_clip(2.0, method=method, dimension_numbers=STACKED)
+
+    def run(x):
+        if as_kernel:
+            return soft_spectral_clip(x, 2.0, method=method)
+        return clip_tree(tx, x)
+
     with jax.set_mesh(mesh):
-        x = place(jnp.ones((16, 32, 64)), mesh, spec)
-        tx = spectral_clip(2.0, method=method, dimension_numbers=STACKED)
-        text = compiled_text(lambda x: clip_tree(tx, x), x)
-    found = collectives(text)
+        found = collectives(
+            compiled_text(run, place(jnp.ones((16, 32, 64)), mesh, spec))
+        )
     # One way in, one way out.  On CPU "auto" also takes a vote, one scalar.
     assert found.pop("all-to-all") == 2
     assert found.pop("all-reduce") <= (method == "auto")
