@@ -1,0 +1,269 @@
+"""Command line: ``python -m basinax.benchmarks {compare,claims,speed}``.
+
+Mistakes are answered in one line with exit code 2; an interruption keeps what is
+finished and exits with 130.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import threadpoolctl
+from rich.console import Console
+
+from basinax.benchmarks import _claims, _compare, _figures, _report, _speed, _table
+from basinax.benchmarks._optimizers import OPTIMIZERS
+from basinax.benchmarks._tasks import TASKS, Options, Usage
+
+INTERRUPTED, MISTAKE = 130, 2
+PROGRAM = "python -m basinax.benchmarks"
+WIDTH = 100  # of tables when the output is not a terminal
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISTAKE, f"error: {message} (see {self.prog} --help)\n")
+
+
+def _one_blas_thread() -> threadpoolctl.threadpool_limits:
+    """Keep the linear algebra library to one thread within a ``with`` block.
+
+    Its threads spin while they wait for one another; next to XLA's own they only get in
+    the way of matrices as small as those of the tasks.
+    """
+    return threadpoolctl.threadpool_limits(limits=1, user_api="blas")
+
+
+def _folder(path: Path) -> Path:
+    """Create a folder for results before any work is done for it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Usage(f"--out {path}: {error.strerror}") from error
+    return path
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    tasks = "\n".join(f"  {name:<18}{about}" for name, (_, about) in TASKS.items())
+    optimizers = "\n".join(f"  {n:<18}{e.note}" for n, e in OPTIMIZERS.items())
+    parser = commands.add_parser(
+        "compare",
+        help="train optimizers on real data under one protocol",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train optimizers on the same task under the same budget: search "
+        "a learning-rate\ngrid on a validation split, report several fresh seeds on a "
+        "test split.\nWrites results.json, figures and a self-contained report.html.",
+        epilog=f"""\
+tasks:
+{tasks}
+
+optimizers:
+{optimizers}
+
+examples:
+  {PROGRAM} compare
+  {PROGRAM} compare --optimizers adamw,spectra_adamw --seeds 10
+  {PROGRAM} compare --task bytes --steps 500 --optimizers signum,spectra_signum
+  {PROGRAM} compare --task bytes --data-dir ~/notes --out results/notes
+""",
+    )
+    add = parser.add_argument
+    add("--task", default="digits", metavar="NAME", help="default: digits")
+    add(
+        "--optimizers",
+        type=_names,
+        metavar="A,B,...",
+        help="names separated by commas (default: all)",
+    )
+    add("--seeds", type=int, metavar="N", help="seeds to report (digits 5, bytes 3)")
+    add("--steps", type=int, metavar="N", help="training steps (digits 300, bytes 200)")
+    add(
+        "--grid",
+        type=int,
+        metavar="N",
+        help="learning rates to try, the N central ones of five (digits 5, bytes 3)",
+    )
+    add("--threshold", type=float, metavar="C", help="SPECTRA threshold (default 4)")
+    add("--target", type=float, metavar="LOSS", help="validation loss to reach")
+    add("--out", type=Path, metavar="DIR", help="default: results/TASK")
+    add(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="own data: IDX files for digits, text files for bytes",
+    )
+    add("--width", type=int, metavar="N", help="model width (default 128)")
+    add("--depth", type=int, metavar="N", help="hidden layers (digits 2, bytes 4)")
+    add("--sequence", type=int, metavar="N", help="bytes per sequence (default 128)")
+    add("--batch-size", type=int, metavar="N", help="digits 64, bytes 8")
+    add(
+        "--quick",
+        action="store_true",
+        help="a look in well under a minute: 2 seeds, 3 learning rates, 100 steps",
+    )
+    parser.set_defaults(command=_compare_command)
+
+
+def _compare_command(args: argparse.Namespace, console: Console) -> int:
+    if args.data_dir is not None and not args.data_dir.is_dir():
+        raise Usage(f"--data-dir {args.data_dir}: no such folder")
+    for name in ("width", "depth", "sequence", "batch_size", "threshold", "target"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise Usage(f"--{name.replace('_', '-')} {value:g}: must be positive")
+    quick = args.quick
+    settings = _compare.Settings(
+        task=args.task,
+        optimizers=args.optimizers,
+        seeds=args.seeds if args.seeds is not None or not quick else 2,
+        steps=args.steps if args.steps is not None or not quick else 100,
+        grid=args.grid if args.grid is not None or not quick else 3,
+        threshold=args.threshold,
+        target=args.target,
+        options=Options(
+            args.data_dir, args.width, args.depth, args.sequence, args.batch_size
+        ),
+        command=args.typed,
+    )
+    study = _compare.prepare(settings)
+    out = _folder(args.out or Path("results") / study.task.name)
+    console.print(f"[bold]{study.task.title}[/], {study.plan.steps} steps")
+    with _one_blas_thread():
+        results = _compare.compare(study, settings, out, console)
+    figures = _figures.draw_all(results, out)
+    report = _report.write_report(results, figures, out)
+    console.print()
+    for table in _table.tables(results):
+        _table.show(table, console)
+    where = f"{report} (also results.json and {len(figures)} figures)"
+    if results["complete"]:
+        console.print(f"Report: {where}", highlight=False, markup=False, soft_wrap=True)
+        return 0
+    done = f"{len(results['optimizers'])} of {len(study.entries)} optimizers"
+    console.print(
+        f"Interrupted: {done} finished; wrote {where}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return INTERRUPTED
+
+
+def _add_claims(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    claims = "\n".join(f"  {n:<18}{c.about}" for n, c in _claims.CLAIMS.items())
+    parser = commands.add_parser(
+        "claims",
+        help="put a paper's headline phenomena to the test",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Reproduce or refute what a paper says, each time with a control "
+        "run.",
+        epilog=f"""\
+claims:
+{claims}
+
+examples:
+  {PROGRAM} claims
+  {PROGRAM} claims spectra --full
+""",
+    )
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="which claims (default: all)")
+    add("--full", action="store_true", help="include the parts that take minutes")
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/claims"),
+        metavar="DIR",
+        help="default: results/claims",
+    )
+    parser.set_defaults(command=_claims_command)
+
+
+def _claims_command(args: argparse.Namespace, console: Console) -> int:
+    _claims.choose(args.names)
+    with _one_blas_thread():
+        _claims.run(
+            args.names, _folder(args.out), console, full=args.full, command=args.typed
+        )
+    return 0
+
+
+def _add_speed(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "speed",
+        help="time the spectral clipping kernels",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Time soft_spectral_clip by shape and method, interleaved, with "
+        "the error of each\nagainst a float64 singular value decomposition.",
+        epilog=f"""\
+examples:
+  {PROGRAM} speed
+  {PROGRAM} speed --shapes 256x1024,768x3072 --rounds 21
+""",
+    )
+    add = parser.add_argument
+    add(
+        "--shapes",
+        type=_names,
+        metavar="MxN,...",
+        help="default: three small shapes; on accelerators also those of a "
+        "160M-parameter transformer",
+    )
+    add("--methods", type=_names, metavar="A,B,...", help="default: all")
+    add("--kappa", type=float, default=15.0, help="largest singular value over c (15)")
+    add("--rounds", type=int, default=9, metavar="N", help="timings per cell (9)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/speed"),
+        metavar="DIR",
+        help="default: results/speed",
+    )
+    parser.set_defaults(command=_speed_command)
+
+
+def _speed_command(args: argparse.Namespace, console: Console) -> int:
+    study = _speed.prepare(args.shapes, args.methods, args.kappa, args.rounds)
+    _speed.run(study, _folder(args.out), console, command=args.typed)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Comparisons on real data, tests of papers' claims, and "
+        "micro-benchmarks for basinax.",
+        epilog=f"Start with: {PROGRAM} compare",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_compare(commands)
+    _add_claims(commands)
+    _add_speed(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(words)
+    args.typed = shlex.join([*PROGRAM.split(), *words])
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    try:
+        return args.command(args, console)
+    except Usage as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
