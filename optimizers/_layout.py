@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.experimental.shard_alike import shard_alike
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 
@@ -60,14 +60,9 @@ def on_auto_axes(
         with jax.sharding.use_abstract_mesh(shardings[0].mesh):
             return inner(list(arrays), *rest)
     results = function((), list(arrays), *rest)
-    if _context_mesh_is(AxisType.Manual):
-        return results
-    # Auto axes are not in the type: ask the compiler to give each result the
-    # sharding of its input, which it would otherwise be free to drop.
-    return [
-        shard_alike(a, r)[1] if jax.typeof(a).ndim else r
-        for a, r in zip(arrays, results, strict=True)
-    ]
+    # Auto axes are not in the type, and the compiler is free to drop the layout of an
+    # input.  An elementwise operation with it keeps it; NaN in is NaN out anyway.
+    return [jnp.where(jnp.isnan(a), a, r) for a, r in zip(arrays, results, strict=True)]
 
 
 def on_wide_matrices(
@@ -117,14 +112,8 @@ def move_shards(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 def replicate_matrix(x: jax.Array) -> jax.Array:
     """Keep both of the last two axes whole on every device; leave batch axes free."""
-    if not _context_mesh_is(AxisType.Auto):
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    if not kinds or any(kind != AxisType.Auto for kind in kinds):
         return x
     free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 2)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*free, None, None))
-
-
-def _context_mesh_is(kind: AxisType) -> bool:
-    kinds = jax.sharding.get_abstract_mesh().axis_types
-    if kind == AxisType.Manual:
-        return AxisType.Manual in kinds
-    return bool(kinds) and all(k == kind for k in kinds)

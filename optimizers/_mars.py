@@ -71,6 +71,8 @@ def scale_by_mars(
         weight = gamma * b1 / (1 - b1)
 
         def correct(g: jax.Array, before: jax.Array) -> jax.Array:
+            if g.size == 0:
+                return g
             work = jnp.promote_types(g.dtype, jnp.float32)
             c = g.astype(work) + weight * (g.astype(work) - before.astype(work))
             scaled, scale = unit_scale(c, None)

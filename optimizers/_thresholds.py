@@ -37,7 +37,8 @@ def coupled_threshold(
 
     Args:
         threshold: c after warm-up, a number or a schedule.
-        learning_rate: η_k; a number leaves the threshold as it is.
+        learning_rate: η_k; a number leaves the threshold as it is, and so does a
+            schedule that `optax.inject_hyperparams` has already turned into one.
         warmup_steps: length of the warm-up in steps; 0 switches the coupling off.
         peak_learning_rate: η_base; default the largest η_k for k <= warmup_steps.
 

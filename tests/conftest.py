@@ -1,5 +1,10 @@
 """Test-wide numerics: eight CPU devices, no silent rank promotion."""
 
+import os
+
+# More threads than simulated devices, or a blocking routine can occupy the whole pool.
+os.environ.setdefault("NPROC", "16")
+
 import jax
 import pytest
 
