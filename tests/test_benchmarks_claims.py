@@ -8,8 +8,17 @@ import pytest
 pytest.importorskip("flax")
 pytest.importorskip("rich")
 
+threadpoolctl = pytest.importorskip("threadpoolctl")
+
 from basinax.benchmarks import _claims_spectra, _claims_spikes, _figures, _measure
 from basinax.benchmarks._tasks import Options
+
+
+@pytest.fixture(autouse=True)
+def one_blas_thread():
+    """Small decompositions crawl when several threads spin on a busy machine."""
+    with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):
+        yield
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (128, 64), (1, 7), (10, 10)])
@@ -41,14 +50,14 @@ def test_median_and_interleaving():
 
 
 def test_ceilings_hold_and_the_control_breaks_them():
-    finding = _claims_spectra.ceilings(steps=25)
+    finding = _claims_spectra.ceilings(steps=25, width=32)
     assert finding.verdict == "holds"
     runs = finding.numbers["runs"]
     for base in ("adamw", "signum"):
         clipped, plain = runs[f"spectra_{base}"], runs[base]
         assert clipped["step_over_bound"] <= 1.001
         assert clipped["weight_over_bound"] <= 1.001
-        assert plain["step_over_bound"] > 5
+        assert plain["step_over_bound"] > 3
         assert plain["weight_over_bound"] > 1.5
 
 
@@ -97,7 +106,7 @@ def test_spikes_defeat_every_rule_but_the_spectral_ones():
 
 def test_every_finding_can_be_drawn(tmp_path):
     findings = {
-        "ceilings": _claims_spectra.ceilings(steps=3),
+        "ceilings": _claims_spectra.ceilings(steps=3, width=8),
         "Frank-Wolfe": _claims_spectra.frank_wolfe(steps=3),
     }
     figure = _claims_spectra.draw(findings)

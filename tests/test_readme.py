@@ -1,0 +1,25 @@
+"""Every Python block of the README runs as it stands."""
+
+import pathlib
+import re
+
+import pytest
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_block_runs(block):
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert "tx" in names
+
+
+def test_comments_in_the_example_are_true():
+    import jax.numpy as jnp
+
+    names = {}
+    exec(compile(BLOCKS[0], "README.md", "exec"), names)
+    assert jnp.linalg.norm(names["updates"], 2) <= 2e-2
+    assert names["top"].converged.all()
