@@ -148,13 +148,13 @@ class TestOperators:
         x = jnp.asarray(GOLDEN[f"op/{case}/X"], dtype)
         return x, float(GOLDEN[f"op/{case}/c"])
 
-    @pytest.mark.parametrize("method", ["auto", "eigh", "svd"])
+    @pytest.mark.parametrize("method", ["auto", "svd"])
     def test_exact_in_double(self, case, method):
         x, c = self.load(case)
         # eps·κ² with κ up to 120.
         self.check(case, bx.soft_spectral_clip(x, c, method=method), "exact64", 2e-13)
 
-    @pytest.mark.parametrize("method", ["auto", "eigh", "svd"])
+    @pytest.mark.parametrize("method", ["auto", "eigh"])
     def test_exact_in_single(self, case, method):
         x, c = self.load(case, jnp.float32)
         self.check(case, bx.soft_spectral_clip(x, c, method=method), "exact64", 1e-5)
@@ -226,10 +226,9 @@ RUNS = {
 @pytest.mark.usefixtures("x64")
 class TestTrajectories:
     @pytest.mark.parametrize("run", RUNS)
-    @pytest.mark.parametrize("method", ["auto", "svd"])
-    def test_double(self, run, method):
+    def test_double(self, run):
         make, options = RUNS[run]
-        assert_reproduces(run, "f64", make(run, method=method, **options))
+        assert_reproduces(run, "f64", make(run, **options))
 
     @pytest.mark.parametrize(
         "run", ["adamw_clip_all", "adamw_spn_all", "ademamix_clip_all"]

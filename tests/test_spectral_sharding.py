@@ -64,7 +64,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", [*METHODS, "newton_schulz", "svd"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("side", SPECS)
 def test_same_result_and_sharding(kind, method, side):
     """Wide and tall matrices with either side sharded, and a vector."""
@@ -99,11 +99,10 @@ def test_same_result_and_sharding(kind, method, side):
     "kernel",
     [
         lambda x: soft_spectral_clip(x, 2.0),
-        lambda x: soft_spectral_clip(x, 2.0, method="polynomial"),
         lambda x: hard_spectral_clip(x, 2.0),
         orthogonalize,
     ],
-    ids=["soft", "polynomial", "hard", "orthogonalize"],
+    ids=["soft", "hard", "orthogonalize"],
 )
 @pytest.mark.parametrize("spec", [P("d", None), P(None, "d")])
 def test_kernels_outside_and_inside_jit(kind, kernel, spec):
