@@ -26,7 +26,7 @@ from basinax.benchmarks._figures import new_figure, reference_line, tidy
 from basinax.benchmarks._optimizers import OPTIMIZERS
 from basinax.benchmarks._results import summary
 from basinax.benchmarks._table import Table, spread
-from basinax.benchmarks._tasks import Options, matrices
+from basinax.benchmarks._tasks import Options, Task, matrices
 from basinax.benchmarks._train import Plan, make_trainer, train
 from basinax.optimizers import spectra, spectra_adamw, spectra_signum
 
@@ -44,10 +44,15 @@ def _norms(tree: Any) -> np.ndarray:
 
 
 def _follow(
-    tx: optax.GradientTransformation, *, steps: int, rate: float, decay: float, c: float
+    task: Task,
+    tx: optax.GradientTransformation,
+    *,
+    steps: int,
+    rate: float,
+    decay: float,
+    c: float,
 ) -> dict[str, Any]:
-    """Train the digits perceptron, holding norms against the bounds at every step."""
-    task = _tasks.load("digits", Options())
+    """Train, holding every norm against its bound at every step."""
     params = task.init(jax.random.key(0))
     state = tx.init(params)
 
@@ -80,8 +85,11 @@ def _follow(
     }
 
 
-def ceilings(say: Say = lambda _: None, *, steps: int = 250) -> Finding:
-    """Hold steps and weights against their spectral-norm ceilings at every step."""
+def ceilings(
+    say: Say = lambda _: None, *, steps: int = 250, width: int = 128
+) -> Finding:
+    """Hold steps and weights of the digits perceptron against their ceilings."""
+    task = _tasks.load("digits", Options(width=width))
     rate, decay, c = 0.01, 0.5, 1.0
     plain = {
         "adamw": optax.adamw(rate, weight_decay=decay, mask=matrices),
@@ -100,7 +108,7 @@ def ceilings(say: Say = lambda _: None, *, steps: int = 250) -> Finding:
     numbers: dict[str, Any] = {}
     for name, tx in {**clipped, **plain}.items():
         say(name)
-        numbers[name] = _follow(tx, steps=steps, rate=rate, decay=decay, c=c)
+        numbers[name] = _follow(task, tx, steps=steps, rate=rate, decay=decay, c=c)
 
     def worst(names: Sequence[str], key: str) -> float:
         return max(numbers[name][key] for name in names)

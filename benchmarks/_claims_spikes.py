@@ -8,6 +8,7 @@ threshold and learning rate from grids of the same size, found on a seed that is
 reported.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -77,30 +78,24 @@ def _descend(
     clip: Callable[[jax.Array, jax.Array], jax.Array],
     steps: int,
     key: jax.Array,
-    thresholds: jax.Array,
-    rates: jax.Array,
+    threshold: jax.Array,
+    rate: jax.Array,
 ) -> jax.Array:
-    """Return relative squared errors of shape (settings, steps)."""
+    """Return the relative squared error after every step."""
     left_key, right_key, noise_key = jax.random.split(key, 3)
     target = jax.random.normal(left_key, (ROWS, RANK)) @ jax.random.normal(
         right_key, (RANK, COLUMNS)
     )
     target = TARGET_NORM * target / jnp.linalg.norm(target, 2)
 
-    def run(setting: tuple[jax.Array, jax.Array]) -> jax.Array:
-        c, rate = setting
+    def step(x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        a, b = jax.random.split(key)
+        spike = SPIKE_NORM * jnp.outer(_unit(a, ROWS), _unit(b, COLUMNS))
+        x = x - rate * clip(x - target + spike, threshold)
+        return x, jnp.sum((x - target) ** 2) / jnp.sum(target**2)
 
-        def step(x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            a, b = jax.random.split(key)
-            spike = SPIKE_NORM * jnp.outer(_unit(a, ROWS), _unit(b, COLUMNS))
-            x = x - rate * clip(x - target + spike, c)
-            return x, jnp.sum((x - target) ** 2) / jnp.sum(target**2)
-
-        keys = jax.random.split(noise_key, steps)
-        return jax.lax.scan(step, jnp.zeros_like(target), keys)[1]
-
-    # One setting after the other: matrix functions of a batch are no faster.
-    return jax.lax.map(run, (thresholds, rates))
+    keys = jax.random.split(noise_key, steps)
+    return jax.lax.scan(step, jnp.zeros_like(target), keys)[1]
 
 
 class Fought(NamedTuple):
@@ -117,26 +112,21 @@ def fight(
     rival: Rival, *, steps: int, seeds: Sequence[int], rates: Sequence[float] = RATES
 ) -> Fought:
     """Tune one rival on the tuning seed, then run it on the reported seeds."""
-    mesh = np.meshgrid(rival.thresholds, rates, indexing="ij")
-    thresholds, grid = (jnp.asarray(axis.ravel(), jnp.float32) for axis in mesh)
-    key = jax.random.key(TUNING_SEED)
-    final = np.asarray(_descend(rival.clip, steps, key, thresholds, grid))[:, -1]
+
+    def descend(seed: int, threshold: float, rate: float) -> np.ndarray:
+        key, c, eta = jax.random.key(seed), jnp.float32(threshold), jnp.float32(rate)
+        return np.asarray(_descend(rival.clip, steps, key, c, eta))
+
+    settings = list(itertools.product(rival.thresholds, rates))
+    final = [descend(TUNING_SEED, *setting)[-1] for setting in settings]
     best = int(np.argmin(np.where(np.isfinite(final), final, np.inf)))
-    row, column = divmod(best, len(rates))
-    at_end = column in (0, len(rates) - 1) or (
-        len(rival.thresholds) > 1 and row in (0, len(rival.thresholds) - 1)
+    threshold, rate = settings[best]
+    at_end = rate in (rates[0], rates[-1]) or (
+        len(rival.thresholds) > 1
+        and threshold in (rival.thresholds[0], rival.thresholds[-1])
     )
-    curves = [
-        _descend(
-            rival.clip,
-            steps,
-            jax.random.key(seed),
-            thresholds[best : best + 1],
-            grid[best : best + 1],
-        )[0]
-        for seed in seeds
-    ]
-    return Fought(rival.thresholds[row], rates[column], at_end, np.stack(curves))
+    curves = np.stack([descend(seed, threshold, rate) for seed in seeds])
+    return Fought(threshold, rate, at_end, curves)
 
 
 def spikes(

@@ -71,7 +71,7 @@ optimizers:
 
 examples:
   {PROGRAM} compare
-  {PROGRAM} compare --optimizers adamw,spectra_adamw --seeds 10
+  {PROGRAM} compare --optimizers adamw,spectra_adamw --seeds 20
   {PROGRAM} compare --task bytes --steps 500 --optimizers signum,spectra_signum
   {PROGRAM} compare --task bytes --data-dir ~/notes --out results/notes
 """,

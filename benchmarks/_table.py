@@ -91,9 +91,14 @@ def performance(results: dict[str, Any]) -> Table:
             )
         )
     seeds, grid = len(settings["seeds"]), settings["grid_points"]
+    chosen = (
+        f"at the learning rate with the best validation loss among {grid} (one other "
+        "seed)"
+        if grid > 1
+        else "at one fixed learning rate each, not tuned"
+    )
     notes.append(
-        f"Mean ± standard deviation over {seeds} seeds at the learning rate with the "
-        f"best validation loss among {grid} (one other seed); "
+        f"Mean ± standard deviation over {seeds} seeds {chosen}; "
         f"{settings['steps']} steps each; weight decay {settings['weight_decay']:g}; "
         f"SPECTRA threshold c = {settings['threshold']:g}."
     )

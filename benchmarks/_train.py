@@ -6,6 +6,7 @@ vmapped: a vmapped run is not the program a user would run (branches turn into b
 branches, matrix functions into batched ones), and small models gain little from it.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -212,17 +213,18 @@ def make_timed_step(
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(
-        params: Params, state: Any, data: Any, key: jax.Array
+        params: Params, state: Any, data: Any, index: jax.Array
     ) -> tuple[Params, Any]:
+        key = jax.random.fold_in(jax.random.key(0), index)
         params, state, _, _ = _step(task, tx, data, params, state, key)
         return params, state
 
-    key = jax.random.key(0)
-    params = jax.jit(task.init)(key)
+    params = jax.jit(task.init)(jax.random.key(0))
     held = [params, jax.jit(tx.init)(params)]
+    count = itertools.count()
 
     def call() -> Any:
-        held[:] = step(held[0], held[1], task.data, key)
+        held[:] = step(held[0], held[1], task.data, jnp.int32(next(count)))
         return held[0]
 
     return call
