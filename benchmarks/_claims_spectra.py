@@ -21,13 +21,10 @@ from matplotlib.figure import Figure
 
 from basinax.benchmarks import _tasks
 from basinax.benchmarks._claims import Finding, Part, Say
+from basinax.benchmarks._claims_language import language_model
 from basinax.benchmarks._claims_spikes import spikes
 from basinax.benchmarks._figures import new_figure, reference_line, tidy
-from basinax.benchmarks._optimizers import OPTIMIZERS
-from basinax.benchmarks._results import summary
-from basinax.benchmarks._table import Table, spread
 from basinax.benchmarks._tasks import Options, Task, matrices
-from basinax.benchmarks._train import Plan, make_trainer, train
 from basinax.optimizers import spectra, spectra_adamw, spectra_signum
 
 ROUNDING = 1e-3  # slack for float32 steps recovered from float32 weights
@@ -210,103 +207,6 @@ def frank_wolfe(say: Say = lambda _: None, *, steps: int = 50) -> Finding:
     )
 
 
-# (d) Language model ---------------------------------------------------------------
-
-LANGUAGE_MODEL_RATES = {
-    "adamw": (3e-4, 1e-3, 3e-3),
-    "spectra_adamw": (3e-3, 1e-2, 3e-2),
-    "signum": (1e-4, 3e-4, 1e-3),
-    "spectra_signum": (3e-3, 1e-2, 3e-2),
-}
-
-
-def language_model(
-    say: Say = lambda _: None,
-    *,
-    steps: int = 250,
-    seeds: Sequence[int] = (0, 1),
-    options: Options | None = None,
-) -> Finding:
-    """Train a small byte-level model with and without SPECTRA at three rates each."""
-    if options is None:
-        options = Options(width=128, depth=2, sequence=64, batch_size=16)
-    task = _tasks.load("bytes", options)
-    plan = Plan.of(steps, task.defaults.threshold)
-    numbers: dict[str, Any] = {}
-    for name, rates in LANGUAGE_MODEL_RATES.items():
-        trainer = make_trainer(task, OPTIMIZERS[name], plan)
-        by_rate = []
-        for rate in rates:
-            say(f"{name} at {rate:g}")
-            runs = [train(task, trainer, plan, seed, rate) for seed in seeds]
-            squares = [
-                sum(float(jnp.sum(w**2)) for w in jax.tree.leaves(run.params))
-                for run in runs
-            ]
-            by_rate.append(
-                {
-                    "learning_rate": rate,
-                    "validation_loss": summary(
-                        [float(r.final.validation.loss) for r in runs]
-                    ),
-                    "test_loss": summary([float(r.final.test.loss) for r in runs]),
-                    "weight_norm": summary([square**0.5 for square in squares]),
-                    "max_weight_norm": summary(
-                        [float(np.max(r.records.weight_norm)) for r in runs]
-                    ),
-                    "max_step_norm": summary(
-                        [float(np.max(r.records.update_norm)) for r in runs]
-                    ),
-                }
-            )
-        index = min(
-            range(len(rates)),
-            key=lambda i: by_rate[i]["validation_loss"]["mean"] or np.inf,
-        )
-        numbers[name] = {
-            **by_rate[index],
-            "at_grid_end": index in (0, len(rates) - 1),
-            "rates": by_rate,
-        }
-    gains = {
-        base: numbers[base]["test_loss"]["mean"]
-        - numbers[f"spectra_{base}"]["test_loss"]["mean"]
-        for base in ("adamw", "signum")
-    }
-    better = sum(gain > 0 for gain in gains.values())
-    rows = tuple(
-        (
-            name,
-            f"{n['learning_rate']:g}" + ("†" if n["at_grid_end"] else ""),
-            spread(n["test_loss"]),
-            spread(n["weight_norm"]),
-            spread(n["max_weight_norm"]),
-            spread(n["max_step_norm"]),
-        )
-        for name, n in numbers.items()
-    )
-    return Finding(
-        claim="SPECTRA lowers the held-out loss of a language model over its base "
-        "optimizer, with a larger learning rate and smaller weights.",
-        verdict=("does not hold", "mixed", "holds")[better],
-        evidence="Test loss gained: "
-        + ", ".join(f"{base} {gain:+.3f} nats" for base, gain in gains.items())
-        + f"; {len(seeds)} seeds, {steps} steps, {task.details['parameters']:,} "
-        "parameters, far below the scale of the paper.",
-        control="The base optimizers, same budget and same number of learning rates.",
-        numbers={"steps": steps, "seeds": list(seeds), "runs": numbers, "gains": gains},
-        table=Table(
-            "Byte-level language model at the best of three learning rates",
-            ("optimizer", "lr", "test loss", "|W| total", "max |W|2", "max step"),
-            rows,
-            (
-                "Mean ± sd over seeds; |W| total is the Frobenius norm of all "
-                "parameters at the end; † best rate at an end of its grid.",
-            ),
-        ),
-    )
-
-
 # Figure --------------------------------------------------------------------------
 
 
@@ -339,7 +239,7 @@ def _draw_spikes(axis: Axes, finding: Finding) -> None:
         axis.plot(found["mean_curve"], color=next(palette), ls=dash, label=name)
     axis.set_yscale("log")
     tidy(axis, "Rank-one spikes of norm 100", "step", "relative squared error")
-    axis.legend(frameon=False, fontsize=7.5)
+    axis.legend(frameon=False, fontsize=7.5, loc="lower left")
 
 
 def _draw_language_model(axis: Axes, finding: Finding) -> None:
@@ -371,8 +271,10 @@ PARTS = (
 
 def draw(findings: dict[str, Finding]) -> Figure:
     """Draw one panel per experiment that ran."""
-    figure = new_figure(4.6 * max(1, len(findings)), 3.9)
-    axes = figure.subplots(1, max(1, len(findings)), squeeze=False)[0]
+    columns = 2 if len(findings) == 4 else max(1, len(findings))
+    rows = max(1, -(-len(findings) // columns))
+    figure = new_figure(4.8 * columns, 3.9 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (name, finding) in zip(axes, findings.items(), strict=False):
         _PANELS[name](axis, finding)
     return figure

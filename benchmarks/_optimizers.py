@@ -182,7 +182,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "spectra_adamw": Entry(
         _spectra_adamw, _LARGEST, "AdamW with spectral clipping", "adamw"
     ),
-    "signum": Entry(_signum, _SMALL, "sign of Nesterov momentum 0.95"),
+    "signum": Entry(_signum, _MIDDLE, "sign of Nesterov momentum 0.95"),
     "spectra_signum": Entry(
         _spectra_signum, _LARGEST, "Signum with spectral clipping", "signum"
     ),

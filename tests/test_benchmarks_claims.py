@@ -8,7 +8,13 @@ import pytest
 pytest.importorskip("flax")
 pytest.importorskip("rich")
 
-from basinax.benchmarks import _claims_spectra, _claims_spikes, _figures, _measure
+from basinax.benchmarks import (
+    _claims_language,
+    _claims_spectra,
+    _claims_spikes,
+    _figures,
+    _measure,
+)
 from basinax.benchmarks._tasks import Options
 
 
@@ -132,11 +138,11 @@ def test_spikes_in_full():
 
 @pytest.mark.slow
 def test_language_model_reports_whatever_it_finds():
-    finding = _claims_spectra.language_model(
+    finding = _claims_language.language_model(
         steps=20,
         seeds=(0, 1),
         options=Options(width=64, depth=1, sequence=32, batch_size=8),
     )
     assert finding.verdict in ("holds", "mixed", "does not hold")
-    assert set(finding.numbers["runs"]) == set(_claims_spectra.LANGUAGE_MODEL_RATES)
+    assert set(finding.numbers["runs"]) == set(_claims_language.LANGUAGE_MODEL_RATES)
     assert jax.tree.all(jax.tree.map(np.isfinite, finding.numbers["gains"]))

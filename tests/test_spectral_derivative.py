@@ -13,8 +13,11 @@ SHAPES = ((5, 7), (6, 6), (8, 3))
 
 @pytest.mark.usefixtures("x64")
 class TestDerivative:
-    @pytest.mark.parametrize("method", METHODS)
-    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize(
+        ("method", "shape"),
+        # The rule is one for all methods; what differs is the value beside it.
+        [("auto", shape) for shape in SHAPES] + [(m, SHAPES[0]) for m in METHODS[1:]],
+    )
     def test_against_differences(self, method, shape):
         self.check(lambda x, c: soft_spectral_clip(x, c, method=method), shape)
 
