@@ -50,7 +50,7 @@ def _follow(
     c: float,
 ) -> dict[str, Any]:
     """Train, holding every norm against its bound at every step."""
-    params = task.init(jax.random.key(0))
+    params = jax.jit(task.init)(jax.random.key(0))
     state = tx.init(params)
 
     @jax.jit

@@ -74,7 +74,7 @@ def test_loss_starts_near_that_of_the_uniform_prediction(name, request):
 
 
 def test_evaluation_is_the_mean_over_everything(digits):
-    params = digits.init(jax.random.key(1))
+    params = jax.jit(digits.init)(jax.random.key(1))
     whole = jax.tree.map(lambda x: x[0], digits.splits.test)
     np.testing.assert_allclose(
         _tasks.evaluate(digits, params, digits.splits.test).loss,
@@ -249,7 +249,7 @@ def test_training_compiles_once_for_all_rates_and_repeats_exactly(name):
     for a, b in zip(jax.tree.leaves(runs[0]), jax.tree.leaves(runs[2]), strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(runs[0].records.step, [3, 6])
-    start = task.init(jax.random.split(jax.random.key(0))[0])
+    start = jax.jit(task.init)(jax.random.split(jax.random.key(0))[0])
     first = _tasks.evaluate(task, start, task.splits.train)
     assert float(runs[0].final.train.loss) < float(first.loss)
 
