@@ -239,7 +239,9 @@ def _draw_spikes(axis: Axes, finding: Finding) -> None:
         axis.plot(found["mean_curve"], color=next(palette), ls=dash, label=name)
     axis.set_yscale("log")
     tidy(axis, "Rank-one spikes of norm 100", "step", "relative squared error")
-    axis.legend(frameon=False, fontsize=7.5, loc="lower left")
+    axis.legend(
+        frameon=False, fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.44)
+    )
 
 
 def _draw_language_model(axis: Axes, finding: Finding) -> None:

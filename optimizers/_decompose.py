@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float
 
 from basinax.optimizers._layout import replicate_matrix
@@ -26,16 +27,16 @@ class ThinSVD(NamedTuple):
 def thin_svd(x: Float[Array, "*batch m n"]) -> ThinSVD:
     """Decompose every matrix of a stack.
 
-    On CPU one after the other: the batched routine there waits for helpers from the
-    very thread pool it occupies, and on several simulated devices it can wait for ever
-    (seen with jaxlib 0.10.2).
+    On CPU one after the other, under `jax.vmap` too: the batched routine there waits
+    for helpers from the very thread pool it occupies, and where several such calls meet
+    it can wait for ever (seen with jaxlib 0.10.2 on two cores).
     """
     x = replicate_matrix(x)
-    if x.ndim == 2:
-        return _svd(x)
 
     def one_by_one(x: Array) -> ThinSVD:
-        flat = jax.lax.map(_svd, x.reshape(-1, *x.shape[-2:]))
+        if x.ndim == 2:
+            return sequential_vmap(_svd)(x)
+        flat = jax.lax.map(sequential_vmap(_svd), x.reshape(-1, *x.shape[-2:]))
         return jax.tree.map(lambda y: y.reshape(*x.shape[:-2], *y.shape[1:]), flat)
 
     return jax.lax.platform_dependent(x, cpu=one_by_one, default=_svd)

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float
 
 from basinax.optimizers._checks import (
@@ -145,7 +146,13 @@ def _clip(method: Method, steps: int, work: np.dtype, x: Array, c: Array) -> Arr
         product = jnp.matmul(z, scaled.astype(work), precision=PRECISION)
         return restore(product.astype(x.dtype))
     if method == "eigh" or (method == "auto" and x.dtype == jnp.float64):
-        z = _inverse_sqrt_by_eigh(gram, w)
+        z = jax.lax.platform_dependent(
+            gram,
+            w,
+            # See `thin_svd`: under `jax.vmap`, batched routines can wait for ever.
+            cpu=sequential_vmap(_inverse_sqrt_by_eigh),
+            default=_inverse_sqrt_by_eigh,
+        )
     elif method == "polynomial":
         z = _inverse_sqrt_by_polynomial(gram, w)
     else:
@@ -195,10 +202,12 @@ def _inverse_sqrt_by_polynomial(gram: Array, w: Array) -> Array:
     return _compose(gram, w, *_spectrum_end(gram, w))
 
 
+@sequential_vmap
 def _inverse_sqrt_on_cpu(gram: Array, w: Array) -> Array:
     """Use polynomials while they are exact to single precision, else decompose.
 
-    One decision for a whole stack: a branch for each matrix would run both.
+    One decision for a whole stack, and under `jax.vmap` one after the other: a branch
+    for each matrix would run both.
     """
     end = _spectrum_end(gram, w)
     return jax.lax.cond(

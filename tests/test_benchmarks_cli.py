@@ -103,13 +103,13 @@ def test_the_table_fits_a_hundred_columns(finished, capsys):
     assert any("spectra_adamw" in line for line in lines)
 
 
-def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
-    finished = _compare.run_optimizer
+def test_ctrl_c_keeps_what_is_finished(finished, tmp_path, monkeypatch, capsys):
+    done = read(finished)["optimizers"]
 
     def interrupted(study, name, *rest):
         if name == "spectra_adamw":
             raise KeyboardInterrupt
-        return finished(study, name, *rest)
+        return done[name]
 
     monkeypatch.setattr(_compare, "run_optimizer", interrupted)
     assert run_compare(tmp_path) == 130

@@ -230,15 +230,14 @@ def test_signum_entry_is_spectra_signum_without_a_threshold(digits, gradient):
         np.testing.assert_allclose(clipped[name], signum[name], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["adamw", "spectra_signum"])
-def test_training_compiles_once_for_all_rates_and_repeats_exactly(name):
+def test_training_compiles_once_for_all_rates_and_repeats_exactly():
     task = _tasks.load("digits", Options(width=8, depth=1, batch_size=8))
     plan = _train.Plan(steps=6, every=3, threshold=4.0)
-    entry = _optimizers.OPTIMIZERS[name]
+    entry = _optimizers.OPTIMIZERS["spectra_signum"]
     traced = []
 
     def loss(params, batch):
-        traced.append(name)
+        traced.append(batch)
         return task.loss(params, batch)
 
     trainer = _train.make_trainer(task._replace(loss=loss), entry, plan)

@@ -250,3 +250,25 @@ class TestBadInput:
             decayed_threshold(1.0, 10, 1.5)
         with pytest.raises(ValueError, match="final_scale must be >= 0"):
             decayed_threshold(1.0, 10, 0.5, final_scale=-1)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_vmap_over_several_shapes(kind):
+    """Seeds side by side: equal to one at a time, and it ends."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"a": (6, 9), "b": (9, 12), "c": (12, 4)}
+    seeds = {
+        n: jax.random.normal(k, (3, *shapes[n]))
+        for n, k in zip("abc", keys, strict=True)
+    }
+    method = "eigh" if kind == "soft" else "auto"
+    tx = spectral_clip(0.5, kind=kind, method=method)
+
+    def clip(tree):
+        return tx.update(tree, tx.init(tree))[0]
+
+    together = jax.jit(jax.vmap(clip))(seeds)
+    for i in range(3):
+        alone = clip(jax.tree.map(lambda x, i=i: x[i], seeds))
+        for n in shapes:
+            np.testing.assert_allclose(together[n][i], alone[n], rtol=0, atol=1e-5)
