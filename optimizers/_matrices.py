@@ -174,6 +174,6 @@ def _normalized(
         if not -len(shape) <= axis < len(shape):
             raise ValueError(
                 f"leaf {path} of shape {shape} has no axis {axis} as in {spec}; axes "
-                " counted from the end (-2, -1) fit leaves of any rank."
+                "counted from the end (-2, -1) fit leaves of any rank."
             )
     return tuple(axis % len(shape) for axis in _axes(axes))

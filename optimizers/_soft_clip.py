@@ -182,7 +182,8 @@ def _clip_jvp(
     same, opposite = total / (ai * aj * mixed), mixed / (ai * aj * total)
     tangent = spectral_tangent(dx, u, vt, same, opposite, 1 / a)
     # The derivative in c maps each singular value to (clipped / c)³.
-    by_c = jnp.matmul(u * ((r / a) ** 3 * dc[..., None])[..., None, :], vt)
+    scaled_u = u * ((r / a) ** 3 * dc[..., None])[..., None, :]
+    by_c = jnp.matmul(scaled_u, vt, precision=PRECISION)
     tangent = jnp.where((c > 0)[..., None, None], tangent, 0) + by_c
     return value, tangent
 
