@@ -29,7 +29,7 @@ def apply(tx, updates, params=None):
 
 
 def count(jaxpr, wanted):
-    """Count the equations of a jaxpr that satisfy a predicate, loops unrolled."""
+    """Count the equations that satisfy a predicate: loops unrolled, longest branch."""
     total = 0
     for eqn in jaxpr.eqns:
         total += bool(wanted(eqn))
@@ -40,7 +40,9 @@ def count(jaxpr, wanted):
             if hasattr(p, "eqns") or hasattr(p, "jaxpr")
         ]
         trips = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-        total += trips * sum(inner)
+        # Only one branch runs: of a condition, or for the platform at hand.
+        combine = max if eqn.primitive.name == "cond" else sum
+        total += trips * combine(inner or [0])
     return total
 
 
