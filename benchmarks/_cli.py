@@ -84,13 +84,18 @@ examples:
         metavar="A,B,...",
         help="names separated by commas (default: all)",
     )
-    add("--seeds", type=int, metavar="N", help="seeds to report (digits 5, bytes 3)")
-    add("--steps", type=int, metavar="N", help="training steps (digits 300, bytes 200)")
+    add("--seeds", type=int, metavar="N", help="seeds to report (digits 5, others 3)")
+    add(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="training steps (digits 300, bytes 200, others 400)",
+    )
     add(
         "--grid",
         type=int,
         metavar="N",
-        help="learning rates to try, the N central ones of five (digits 5, bytes 3)",
+        help="learning rates to try, the N central ones of five (digits 5, others 3)",
     )
     add("--threshold", type=float, metavar="C", help="SPECTRA threshold (default 4)")
     add("--target", type=float, metavar="LOSS", help="validation loss to reach")
@@ -101,10 +106,17 @@ examples:
         metavar="DIR",
         help="own data: IDX files for digits, text files for bytes",
     )
-    add("--width", type=int, metavar="N", help="model width (default 128)")
-    add("--depth", type=int, metavar="N", help="hidden layers (digits 2, bytes 4)")
+    add("--width", type=int, metavar="N", help="model width (128, parity 100)")
+    add("--depth", type=int, metavar="N", help="hidden layers (2, bytes 4)")
     add("--sequence", type=int, metavar="N", help="bytes per sequence (default 128)")
-    add("--batch-size", type=int, metavar="N", help="digits 64, bytes 8")
+    add("--batch-size", type=int, metavar="N", help="digits 64, bytes 8, others all")
+    add("--modulus", type=int, metavar="P", help="of the task modular (default 59)")
+    add(
+        "--fraction",
+        type=float,
+        metavar="F",
+        help="share of the examples to train on, modular and parity (default 0.5)",
+    )
     add(
         "--quick",
         action="store_true",
@@ -116,7 +128,8 @@ examples:
 def _compare_command(args: argparse.Namespace, console: Console) -> int:
     if args.data_dir is not None and not args.data_dir.is_dir():
         raise Usage(f"--data-dir {args.data_dir}: no such folder")
-    for name in ("width", "depth", "sequence", "batch_size", "threshold", "target"):
+    positive = ("width", "depth", "sequence", "batch_size", "modulus", "fraction")
+    for name in (*positive, "threshold", "target"):
         if (value := getattr(args, name)) is not None and value <= 0:
             raise Usage(f"--{name.replace('_', '-')} {value:g}: must be positive")
     quick = args.quick
@@ -129,7 +142,13 @@ def _compare_command(args: argparse.Namespace, console: Console) -> int:
         threshold=args.threshold,
         target=args.target,
         options=Options(
-            args.data_dir, args.width, args.depth, args.sequence, args.batch_size
+            args.data_dir,
+            args.width,
+            args.depth,
+            args.sequence,
+            args.batch_size,
+            args.modulus,
+            args.fraction,
         ),
         command=args.typed,
     )
@@ -199,14 +218,16 @@ def _claims_command(args: argparse.Namespace, console: Console) -> int:
 def _add_speed(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = commands.add_parser(
         "speed",
-        help="time the spectral clipping kernels",
+        help="time kernels, losses and the projection against their peers",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Time soft_spectral_clip by shape and method, interleaved, with "
-        "the error of each\nagainst a float64 singular value decomposition.",
+        description="Micro-benchmarks, interleaved with a peer:\n\n"
+        "  clip        soft_spectral_clip by shape and method, with its error\n"
+        "  losses      StableMax and collapse-free losses against optax's softmax\n"
+        "  projection  AdamW with perp_grad in front against AdamW alone",
         epilog=f"""\
 examples:
   {PROGRAM} speed
-  {PROGRAM} speed --shapes 256x1024,768x3072 --rounds 21
+  {PROGRAM} speed clip --shapes 256x1024,768x3072 --rounds 21
 """,
     )
     add = parser.add_argument
@@ -220,6 +241,8 @@ examples:
     add("--methods", type=_names, metavar="A,B,...", help="default: all")
     add("--kappa", type=float, default=15.0, help="largest singular value over c (15)")
     add("--rounds", type=int, default=9, metavar="N", help="timings per cell (9)")
+    add("parts", nargs="*", metavar="PART", help="default: all")
+    add("--logits", metavar="BxC", help="samples x classes of the losses (1024x32000)")
     add(
         "--out",
         type=Path,
@@ -231,7 +254,9 @@ examples:
 
 
 def _speed_command(args: argparse.Namespace, console: Console) -> int:
-    study = _speed.prepare(args.shapes, args.methods, args.kappa, args.rounds)
+    study = _speed.prepare(
+        args.parts, args.shapes, args.methods, args.kappa, args.rounds, args.logits
+    )
     _speed.run(study, _folder(args.out), console, command=args.typed)
     return 0
 

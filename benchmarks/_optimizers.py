@@ -14,7 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from basinax.benchmarks._tasks import Params, Usage
-from basinax.optimizers import spectra_adamw, spectra_ademamix, spectra_signum
+from basinax.optimizers import (
+    perp_adamw,
+    spectra_adamw,
+    spectra_ademamix,
+    spectra_signum,
+)
 
 WEIGHT_DECAY = 0.1
 WARMUP_FRACTION = 0.1
@@ -78,6 +83,18 @@ def _adamw(recipe: Recipe) -> optax.GradientTransformation:
         b1=0.9,
         b2=0.999,
         weight_decay=recipe.weight_decay,
+        mask=recipe.decay_mask,
+    )
+
+
+def _perp_adamw(recipe: Recipe) -> optax.GradientTransformation:
+    # Vectors are left out: those that start at zero are parallel to their gradients.
+    return perp_adamw(
+        recipe.schedule,
+        b1=0.9,
+        b2=0.999,
+        weight_decay=recipe.weight_decay,
+        weight_decay_mask=recipe.decay_mask,
         mask=recipe.decay_mask,
     )
 
@@ -189,6 +206,9 @@ OPTIMIZERS: dict[str, Entry] = {
     "ademamix": Entry(_ademamix, _MIDDLE, "optax.contrib.ademamix, b3 0.999, alpha 8"),
     "spectra_ademamix": Entry(
         _spectra_ademamix, _LARGE, "AdEMAMix with spectral clipping", "ademamix"
+    ),
+    "perp_adamw": Entry(
+        _perp_adamw, _LARGE, "AdamW on gradients orthogonal to the weights", "adamw"
     ),
     "lion": Entry(_lion, _SMALL, "optax.lion, b2 0.99"),
     "muon": Entry(

@@ -1,10 +1,10 @@
-"""Micro-benchmark of the spectral clipping kernels.
+"""Micro-benchmarks, each a ratio to a peer that is timed in turn with it.
 
-Every method clips the same Gaussian matrices at the same kappa, the largest singular
-value over the threshold. Timings are interleaved, so that a busy moment hits all of
-them, and the ratio is against the authors' iteration (10 coupled Newton-Schulz steps in
-float32). Speed means little without the error, which is measured against a float64
-singular value decomposition.
+The part "clip" is here, the others have their own files. Every method clips the same
+Gaussian matrices at the same kappa, the largest singular value over the threshold, and
+the ratio is against the authors' iteration (10 coupled Newton-Schulz steps in float32).
+Speed means little without the error, which is measured against a float64 singular value
+decomposition.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from basinax.benchmarks import _speed_losses, _speed_projection
 from basinax.benchmarks._measure import interleaved_times, median
 from basinax.benchmarks._results import SCHEMA, environment, write_json
 from basinax.benchmarks._table import Table, short, show
@@ -27,36 +28,44 @@ METHODS: tuple[Any, ...] = ("auto", "eigh", "polynomial", "newton_schulz", "svd"
 REFERENCE = "newton_schulz"
 SHAPES = ("256x1024", "512x512", "512x2048")
 ACCELERATOR_SHAPES = ("768x2304", "768x3072", "1024x4096", "1536x6144")
+PARTS = ("clip", "losses", "projection")
 MINIMUM_SECONDS = 0.02  # a timing shorter than this repeats the call
 
 
 class Study(NamedTuple):
     """What to time."""
 
+    parts: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     methods: tuple[Any, ...]
     kappa: float
     rounds: int
+    logits: tuple[int, int] = _speed_losses.SHAPE
 
 
-def _shape(text: str) -> tuple[int, int]:
+def _shape(text: str, option: str = "--shapes") -> tuple[int, int]:
     rows, _, columns = text.partition("x")
     if not (rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
-        raise Usage(f"--shapes {text!r}: write shapes as ROWSxCOLUMNS, like 256x1024")
+        raise Usage(f"{option} {text!r}: write shapes as ROWSxCOLUMNS, like 256x1024")
     return int(rows), int(columns)
 
 
 def prepare(
+    parts: Sequence[str],
     shapes: Sequence[str] | None,
     methods: Sequence[str] | None,
     kappa: float,
     rounds: int,
+    logits: str | None = None,
 ) -> Study:
-    """Check what the user asked for.
+    """Check what the user asked for; no part means all of them.
 
     Raises:
-      Usage: a shape, a method or a number makes no sense.
+      Usage: a part, a shape, a method or a number makes no sense.
     """
+    for part in parts:
+        if part not in PARTS:
+            raise Usage(f"unknown part {part!r}; valid names: {', '.join(PARTS)}")
     for method in methods or ():
         if method not in METHODS:
             valid = ", ".join(METHODS)
@@ -69,7 +78,9 @@ def prepare(
     chosen = tuple(methods or METHODS)
     if REFERENCE not in chosen:
         chosen = (*chosen, REFERENCE)
-    return Study(tuple(map(_shape, shapes)), chosen, kappa, rounds)
+    size = _shape(logits, "--logits") if logits else _speed_losses.SHAPE
+    parts = tuple(parts or PARTS)
+    return Study(parts, tuple(map(_shape, shapes)), chosen, kappa, rounds, size)
 
 
 def reference(x: np.ndarray, threshold: float) -> np.ndarray:
@@ -141,7 +152,7 @@ def table(results: dict[str, Any]) -> Table:
 
 
 def run(study: Study, out: Path, console: Console, *, command: str) -> dict[str, Any]:
-    """Time everything, print the table and write ``speed.json``."""
+    """Time everything, print the tables and write ``speed.json``."""
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": "speed",
@@ -149,14 +160,28 @@ def run(study: Study, out: Path, console: Console, *, command: str) -> dict[str,
         "environment": environment(),
         "kappa": study.kappa,
         "rounds": study.rounds,
-        "rows": [],
     }
     path = out / "speed.json"
     with console.status("") as status:
-        for shape in study.shapes:
-            status.update(f"timing {shape[0]}x{shape[1]}")
-            results["rows"] += measure_shape(study, shape)
+        if "clip" in study.parts:
+            results["rows"] = []
+            for shape in study.shapes:
+                status.update(f"timing {shape[0]}x{shape[1]}")
+                results["rows"] += measure_shape(study, shape)
+                write_json(path, results)
+        if "losses" in study.parts:
+            status.update("timing losses")
+            results["losses"] = _speed_losses.measure(study.logits, study.rounds)
             write_json(path, results)
-    show(table(results), console)
+        if "projection" in study.parts:
+            status.update("timing perp_grad")
+            results["projection"] = _speed_projection.measure(rounds=study.rounds)
+            write_json(path, results)
+    if "rows" in results:
+        show(table(results), console)
+    if "losses" in results:
+        show(_speed_losses.table(results["losses"], study.rounds), console)
+    if "projection" in results:
+        show(_speed_projection.table(results["projection"], study.rounds), console)
     console.print(f"Numbers: {path}", highlight=False, markup=False, soft_wrap=True)
     return results

@@ -32,6 +32,9 @@ class Options(NamedTuple):
     depth: int | None = None
     sequence: int | None = None
     batch_size: int | None = None
+    modulus: int | None = None
+    fraction: float | None = None
+    """Share of the examples to train on, where a task makes its own."""
 
 
 class Metrics(NamedTuple):
@@ -157,6 +160,14 @@ TASKS: dict[str, tuple[str, str]] = {
     "bytes": (
         "basinax.benchmarks._bytes",
         "byte-level language model of the Python standard library, transformer",
+    ),
+    "modular": (
+        "basinax.benchmarks._modular",
+        "addition modulo a prime, network without biases, full batch",
+    ),
+    "parity": (
+        "basinax.benchmarks._parity",
+        "parity of 3 among 20 bits, multilayer perceptron, full batch",
     ),
 }
 

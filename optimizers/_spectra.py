@@ -15,14 +15,12 @@ from typing import Any
 
 import optax
 
-from basinax.optimizers._spectral_clip import (
-    spectral_clip,
-    takes_spectral_clip_options,
-)
+from basinax.optimizers._options import takes_options_of
+from basinax.optimizers._spectral_clip import spectral_clip
 from basinax.optimizers._thresholds import coupled_threshold
 
 
-@takes_spectral_clip_options
+@takes_options_of(spectral_clip)
 def spectra(
     direction: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -80,7 +78,7 @@ def spectra(
     )
 
 
-@takes_spectral_clip_options
+@takes_options_of(spectral_clip)
 def spectra_adamw(
     learning_rate: optax.ScalarOrSchedule,
     threshold: optax.ScalarOrSchedule,
@@ -128,7 +126,7 @@ def spectra_adamw(
     )
 
 
-@takes_spectral_clip_options
+@takes_options_of(spectral_clip)
 def spectra_signum(
     learning_rate: optax.ScalarOrSchedule,
     threshold: optax.ScalarOrSchedule,
@@ -178,7 +176,7 @@ def spectra_signum(
     )
 
 
-@takes_spectral_clip_options
+@takes_options_of(spectral_clip)
 def spectra_ademamix(
     learning_rate: optax.ScalarOrSchedule,
     threshold: optax.ScalarOrSchedule,

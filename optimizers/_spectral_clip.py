@@ -11,10 +11,8 @@ Clipping" (ICML 2026, arXiv:2603.14315).
 """
 
 import functools
-import inspect
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +33,11 @@ from basinax.optimizers._matrices import (
     assign_dimension_numbers,
     check_dimension_numbers,
 )
+from basinax.optimizers._options import takes_options_of
 from basinax.optimizers._orthogonalize import EPS, STEPS, orthogonalize_wide
 from basinax.optimizers._scaling import unit_scale
 from basinax.optimizers._soft_clip import NEWTON_SCHULZ_STEPS, Method, clip_wide
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 Kind = Literal["soft", "hard", "normalize"]
 Vectors = Literal["smooth", "reference", "skip"]
 
@@ -177,21 +175,7 @@ def spectral_clip(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def takes_spectral_clip_options(function: _Function) -> _Function:
-    """Show the options of `spectral_clip` in the signature of what forwards them.
-
-    Not only for readers: `optax.inject_hyperparams` binds arguments by signature.
-    """
-    own = inspect.signature(function).parameters
-    options = inspect.signature(spectral_clip).parameters.values()
-    shown = [p for p in own.values() if p.kind is not p.VAR_KEYWORD]
-    shown += [p for p in options if p.kind is p.KEYWORD_ONLY and p.name not in own]
-    signature = inspect.signature(function).replace(parameters=shown)
-    function.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
-    return function
-
-
-@takes_spectral_clip_options
+@takes_options_of(spectral_clip)
 def pre_spectral_clip(
     threshold: optax.ScalarOrSchedule,
     *,

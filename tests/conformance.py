@@ -335,5 +335,7 @@ def checks_for(case: Case) -> dict[str, Check]:
         "stacked_leaves": not case.stacked,
         "schedules": not case.schedules,
         "constant_schedules": not case.schedules,
+        "converges_on_parabola": not case.reaches_every_point,
+        "converges_on_mixed_target": not case.reaches_every_point,
     }
     return {name: c for name, c in CHECKS.items() if not inapplicable.get(name, False)}

@@ -39,6 +39,9 @@ class Case(NamedTuple):
             do without, given the loss; None if it needs none.
         dtypes: parameter dtypes it supports.
         stacked: True if a leaf with three axes is a stack of independent matrices.
+        reaches_every_point: False if it confines the parameters to a set, so that the
+            targets of the convergence checks may lie outside; its own tests then show
+            that the nearest point of the set is found.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Case(NamedTuple):
     extra_args: Callable[[LossFn], dict[str, Any]] | None = None
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32", "float64")
     stacked: bool = False
+    reaches_every_point: bool = True
 
     def __hash__(self) -> int:
         return hash(self.name)

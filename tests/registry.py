@@ -5,14 +5,28 @@ A new transformation joins the conformance, mesh and framework tests by one entr
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import optax
 from conformance import Case
 
+from basinax import landscape
 from basinax import optimizers as bx
 
 RATE = ("learning_rate",)
 THRESHOLD = ("threshold",)
 MATRICES = optax.contrib.MuonDimensionNumbers(-2, -1)
+
+
+def most(params):
+    """Mask the last row of leaves named "second", out of the other checks' sight."""
+
+    def keep(path, leaf):
+        every = jnp.ones_like(leaf, bool)
+        masked = "second" in jax.tree_util.keystr(path)
+        return every.at[-1].set(False) if masked else every
+
+    return jax.tree_util.tree_map_with_path(keep, params)
 
 
 def clip(name, make=bx.spectral_clip, stacked=False, **options):
@@ -83,5 +97,75 @@ CASES = (
         dimension_numbers=MATRICES,
         stacked=True,
         method="eigh",
+    ),
+    Case(
+        "grokfast_ema",
+        bx.grokfast_ema,
+        is_optimizer=False,
+        learning_rate=0.05,  # times 1 + lamb
+        hyperparameters={"alpha": 0.8, "lamb": 1.0},
+        static_args=("init",),
+        stacked=True,
+    ),
+    Case(
+        "keep_weight_norm",
+        bx.keep_weight_norm,
+        is_optimizer=False,
+        reaches_every_point=False,  # no point but those on a sphere
+    ),
+    Case(
+        "keep_masked",
+        functools.partial(bx.keep_masked, mask=most),
+        is_optimizer=False,
+        static_args=("mask",),
+        stacked=True,
+    ),
+    Case(
+        "monitor_nlm",
+        functools.partial(landscape.monitor_nlm, scope="neuron"),
+        is_optimizer=False,
+        static_args=("scope",),
+    ),
+    Case(
+        "perp_grad",
+        bx.perp_grad,
+        is_optimizer=False,
+        hyperparameters={"radial_scale": 0.5},
+        static_args=("min_size",),
+        stacked=False,  # one projection spans a whole leaf
+        reaches_every_point=False,  # it stands still where gradient ∥ weights
+    ),
+    Case(
+        "perp_grad[neuron]",
+        functools.partial(bx.perp_grad, scope="neuron", rescale=False),
+        is_optimizer=False,
+        hyperparameters={"radial_scale": 0.5},
+        static_args=("min_size",),
+        reaches_every_point=False,
+    ),
+    Case(
+        "perp_grad[global]",
+        functools.partial(bx.perp_grad, scope="global", max_rescale=1.2),
+        is_optimizer=False,
+        hyperparameters={"max_rescale": 1.1},
+        static_args=("min_size",),
+        reaches_every_point=False,
+    ),
+    Case(
+        "perp_sgd",
+        functools.partial(bx.perp_sgd, learning_rate=0.1),
+        hyperparameters={"learning_rate": 0.05, "momentum": 0.5, "weight_decay": 0.1},
+        schedules=RATE,
+        static_args=("min_size",),
+        reaches_every_point=False,
+    ),
+    Case(
+        "perp_adamw",
+        # float16 has no 1e-8, and some checks project the whole gradient away
+        functools.partial(bx.perp_adamw, learning_rate=0.1, eps=1e-6),
+        hyperparameters={"learning_rate": 0.05, "b1": 0.8, "weight_decay": 0.02},
+        schedules=RATE,
+        static_args=("min_size",),
+        reaches_every_point=False,
     ),
 )

@@ -19,6 +19,10 @@ SQUARE, RATIO = jnp.ones((2, 3, 3)), jnp.ones((2, 3))
         (bx.soft_spectral_clip, (STACK, 1.0)),
         (bx.hard_spectral_clip, (STACK, 1.0)),
         (bx.orthogonalize, (STACK,)),
+        (bx.project_orthogonal, (STACK, STACK + 1)),
+        (bx.symlog, (STACK,)),
+        (bx.stablemax, (STACK,)),
+        (bx.log_stablemax, (STACK,)),
         (_scaling.unit_scale, (STACK,)),
         (_decompose.keep_numerical_rank, (RATIO, 3)),
         (

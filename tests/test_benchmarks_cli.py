@@ -10,7 +10,15 @@ import pytest
 pytest.importorskip("flax")
 pytest.importorskip("rich")
 
-from basinax.benchmarks import _compare, _figures, _results, _speed, _table, main
+from basinax.benchmarks import (
+    _compare,
+    _figures,
+    _results,
+    _speed,
+    _speed_projection,
+    _table,
+    main,
+)
 
 TINY = (
     "compare --optimizers adamw,spectra_adamw --steps 10 --seeds 2 --grid 2 --width 8 "
@@ -142,8 +150,10 @@ def test_ctrl_c_before_anything_is_finished(tmp_path, monkeypatch):
         ("compare --seeds 0", "needs at least 1"),
         ("compare --grid 9", "1 to 5"),
         ("claims nothing", "valid names: spectra"),
+        ("speed everything", "valid names: clip, losses, projection"),
         ("speed --methods magic", "valid names: auto, eigh"),
         ("speed --shapes 3by4", "ROWSxCOLUMNS"),
+        ("speed --logits 3by4", "--logits '3by4': write"),
     ],
 )
 def test_mistakes_are_one_line(words, expected, capsys, tmp_path, monkeypatch):
@@ -175,7 +185,10 @@ def test_help(command, capsys):
 
 
 def test_speed(tmp_path, capsys):
-    words = "speed --shapes 8x16 --rounds 2 --methods eigh,polynomial --out"
+    words = (
+        "speed clip losses --shapes 8x16 --logits 4x8 --rounds 2 "
+        "--methods eigh,polynomial --out"
+    )
     assert main([*words.split(), str(tmp_path)]) == 0
     results = json.loads((tmp_path / "speed.json").read_text())
     assert [row["method"] for row in results["rows"]] == [
@@ -185,7 +198,25 @@ def test_speed(tmp_path, capsys):
     ]
     assert all(row["relative_error"] < 1e-3 for row in results["rows"])
     assert results["rows"][2]["speedup"] == 1.0
-    assert "8x16" in capsys.readouterr().out
+    losses = {row["loss"]: row for row in results["losses"]}
+    assert losses["softmax (optax)"]["ratio"] == 1.0
+    assert losses["softmax (optax)"]["gradient_error"] == 1.0  # it collapsed
+    assert losses["softmax, collapse-free"]["gradient_error"] < 1e-5
+    assert losses["StableMax"]["gradient_error"] < 1e-6
+    out = capsys.readouterr().out
+    assert "8x16" in out
+    assert "4x8 float32 logits" in out
+
+
+def test_speed_of_the_projection():
+    rows = _speed_projection.measure(leaves=2, shape=(3, 4), rounds=2)
+    names = list(_speed_projection.optimizers())
+    assert [row["optimizer"] for row in rows] == 2 * names
+    assert rows[0]["parameters"] == 24
+    assert [row["ratio"] for row in rows if row["optimizer"] == "adamw"] == [1.0, 1.0]
+    assert all(row["ratio"] > 0 for row in rows)
+    text = str(_speed_projection.table(rows, rounds=2))
+    assert "near parallel" in text
 
 
 def test_speed_reference_is_the_definition():
