@@ -69,6 +69,10 @@ CLAIMS: dict[str, Claim] = {
         "basinax.benchmarks._claims_spectra",
         "spectral clipping bounds updates and weights, and survives spikes",
     ),
+    "grokking": Claim(
+        "basinax.benchmarks._claims_grokking",
+        "orthogonal gradients and StableMax generalize without weight decay",
+    ),
 }
 
 

@@ -1,7 +1,7 @@
 """Figures of a comparison, drawn on plain matplotlib Figure objects.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart. An optimizer and
-its SPECTRA version share a colour; the base is dashed.
+its SPECTRA version share a colour; the base of another is dashed.
 """
 
 from pathlib import Path
@@ -18,8 +18,9 @@ FAMILY_COLOURS = {
     "ademamix": "#009E73",
     "lion": "#CC79A7",
     "muon": "#E69F00",
+    "perp_adamw": "#56B4E9",
 }
-OTHER_COLOURS = ("#56B4E9", "#000000", "#999999")
+OTHER_COLOURS = ("#000000", "#999999")
 INK = "#333333"
 DPI = 160
 
@@ -31,7 +32,7 @@ def styles(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found, spare = {}, iter(OTHER_COLOURS * len(done))
     for name, numbers in done.items():
         family = numbers["base"] or name
-        colour = FAMILY_COLOURS.get(family) or next(spare)
+        colour = FAMILY_COLOURS.get(name) or FAMILY_COLOURS.get(family) or next(spare)
         dashed = name in extended
         found[name] = {
             "color": colour,
@@ -205,7 +206,7 @@ def curvature_figure(results: dict[str, Any]) -> Figure:
     axes[0].set_ylim(-0.6, len(order) - 0.4)
     figure.suptitle(
         f"{results['task']['title']} · dots are seeds, diamonds their mean "
-        "(hollow: base of a SPECTRA optimizer)",
+        "(hollow: base of another)",
         x=0.01,
         ha="left",
         fontsize=9.5,

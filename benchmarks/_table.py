@@ -186,7 +186,7 @@ def geometry(results: dict[str, Any]) -> Table:
 
 
 def pairs(results: dict[str, Any]) -> Table | None:
-    """Tabulate what spectral clipping adds to each base, or None without pairs."""
+    """Tabulate what each method adds to its base, or None without pairs."""
     if not results["paired"]:
         return None
     rows = []
@@ -201,7 +201,7 @@ def pairs(results: dict[str, Any]) -> Table | None:
             )
         )
     return Table(
-        "What spectral clipping adds (test loss, negative is better)",
+        "What each method adds to its base (test loss, negative is better)",
         ("pair", "difference", "seeds improved"),
         tuple(rows),
         ("Paired by seed: same starting weights, same minibatches.",),
