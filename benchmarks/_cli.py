@@ -1,4 +1,4 @@
-"""Command line: ``python -m basinax.benchmarks {compare,claims,speed}``.
+"""Command line: ``python -m basinax.benchmarks {compare,claims,landscape,speed}``.
 
 Mistakes are answered in one line with exit code 2; an interruption keeps what is
 finished and exits with 130.
@@ -14,7 +14,15 @@ from typing import NoReturn
 import threadpoolctl
 from rich.console import Console
 
-from basinax.benchmarks import _claims, _compare, _figures, _report, _speed, _table
+from basinax.benchmarks import (
+    _claims,
+    _compare,
+    _figures,
+    _landscape,
+    _report,
+    _speed,
+    _table,
+)
 from basinax.benchmarks._optimizers import OPTIMIZERS
 from basinax.benchmarks._tasks import TASKS, Options, Usage
 
@@ -215,16 +223,82 @@ def _claims_command(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _add_landscape(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "landscape",
+        help="measure the curvature of one model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a task's model briefly with AdamW, or load one, and report "
+        "the curvature of\nits training loss: eigenvalues, trace, spectral density, "
+        "sharpness, edge of\nstability. Writes landscape.json and landscape.png.",
+        epilog=f"""\
+examples:
+  {PROGRAM} landscape
+  {PROGRAM} landscape --task bytes --steps 100
+  {PROGRAM} landscape --steps 1000 --save model.npz
+  {PROGRAM} landscape --checkpoint model.npz --probes 32
+""",
+    )
+    add = parser.add_argument
+    add("--task", default="digits", metavar="NAME", help="default: digits")
+    add("--steps", type=int, metavar="N", help="training steps (default: the task's)")
+    add("--rate", type=float, metavar="R", help="peak learning rate (0.001)")
+    add("--seed", type=int, default=0, metavar="N", help="of model and probes (0)")
+    add("--checkpoint", type=Path, metavar="FILE", help="load this instead of training")
+    add("--save", type=Path, metavar="FILE", help="write the model there, .npz")
+    add("--eigenvalues", type=int, default=10, metavar="K", help="largest ones (10)")
+    add("--probes", type=int, default=8, metavar="N", help="of the density (8)")
+    add(
+        "--lanczos-steps",
+        type=int,
+        default=60,
+        metavar="N",
+        help="products per probe of the density (60)",
+    )
+    add("--width", type=int, metavar="N", help="model width")
+    add("--depth", type=int, metavar="N", help="hidden layers")
+    add("--out", type=Path, metavar="DIR", help="default: results/landscape/TASK")
+    parser.set_defaults(command=_landscape_command)
+
+
+def _landscape_command(args: argparse.Namespace, console: Console) -> int:
+    counts = ("steps", "eigenvalues", "probes", "lanczos_steps", "width", "depth")
+    for name in ("rate", *counts):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise Usage(f"--{name.replace('_', '-')} {value:g}: must be positive")
+    if args.save is not None and args.checkpoint is not None:
+        raise Usage("--save with --checkpoint: there is nothing new to save")
+    settings = _landscape.Settings(
+        task=args.task,
+        options=Options(width=args.width, depth=args.depth),
+        steps=args.steps,
+        rate=args.rate,
+        seed=args.seed,
+        eigenvalues=args.eigenvalues,
+        probes=args.probes,
+        lanczos_steps=args.lanczos_steps,
+        checkpoint=args.checkpoint,
+        save=args.save,
+        command=args.typed,
+    )
+    task = _landscape.prepare(settings)
+    out = _folder(args.out or Path("results") / "landscape" / task.name)
+    with _one_blas_thread():
+        _landscape.run(task, settings, out, console)
+    return 0
+
+
 def _add_speed(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parts = "\n".join(f"  {name:<12}{p.about}" for name, p in _speed.PARTS.items())
     parser = commands.add_parser(
         "speed",
-        help="time kernels, losses and the projection against their peers",
+        help="time kernels, losses and instruments against their peers",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Micro-benchmarks, interleaved with a peer:\n\n"
-        "  clip        soft_spectral_clip by shape and method, with its error\n"
-        "  losses      StableMax and collapse-free losses against optax's softmax\n"
-        "  projection  AdamW with perp_grad in front against AdamW alone",
+        description="Micro-benchmarks, interleaved with a peer.",
         epilog=f"""\
+parts:
+{parts}
+
 examples:
   {PROGRAM} speed
   {PROGRAM} speed clip --shapes 256x1024,768x3072 --rounds 21
@@ -272,6 +346,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_compare(commands)
     _add_claims(commands)
+    _add_landscape(commands)
     _add_speed(commands)
     return parser
 

@@ -1,6 +1,17 @@
 """Matrix-free instruments that measure where training ended up."""
 
+from basinax.landscape import metrics, plots
+from basinax.landscape._average_case import average_sharpness
+from basinax.landscape._check_operator import check_operator
+from basinax.landscape._criteria import extreme_ratio, negativity_ratio
+from basinax.landscape._density import Density, spectral_density, spectral_mean
+from basinax.landscape._diagonal import Moments, diagonal, moments
 from basinax.landscape._eigenpairs import Eigenpairs, eigenpairs
+from basinax.landscape._epsilon_sharpness import EpsilonSharpness, epsilon_sharpness
+from basinax.landscape._fisher import fisher
+from basinax.landscape._flatness import fisher_rao_norm, relative_flatness
+from basinax.landscape._gauss_newton import gauss_newton
+from basinax.landscape._monitor import Metric, MonitorState, Observation, monitor
 from basinax.landscape._nlm_alignment import (
     MonitorNLMState,
     NLMAlignment,
@@ -8,18 +19,71 @@ from basinax.landscape._nlm_alignment import (
     nlm_alignment,
 )
 from basinax.landscape._operators import dense, hessian
+from basinax.landscape._over_batches import over_batches
+from basinax.landscape._pac_bayes import PacBayesSharpness, pac_bayes_sharpness
+from basinax.landscape._per_example import empirical_fisher, gradient_covariance
+from basinax.landscape._probes import Estimate
+from basinax.landscape._quadrature import effective_dimension, log_determinant
+from basinax.landscape._restrict import restrict
+from basinax.landscape._sharpness import (
+    gradient_norm,
+    normalize_logits,
+    sam_sharpness,
+)
 from basinax.landscape._softmax_collapse import SoftmaxCollapse, softmax_collapse
-from basinax.landscape._trace import Estimate, trace
+from basinax.landscape._stability import (
+    adam_diagonal,
+    edge_of_stability,
+    preconditioned,
+    sam_edge,
+)
+from basinax.landscape._trace import frobenius_norm, trace
+from basinax.landscape._worst_case import worst_case_sharpness
 
 __all__ = [  # noqa: RUF022
     # operators
+    "check_operator",
     "dense",
+    "empirical_fisher",
+    "fisher",
+    "gauss_newton",
+    "gradient_covariance",
     "hessian",
+    "over_batches",
+    "restrict",
     # spectra
+    "Density",
     "Eigenpairs",
     "Estimate",
+    "Moments",
+    "diagonal",
+    "effective_dimension",
     "eigenpairs",
+    "extreme_ratio",
+    "frobenius_norm",
+    "log_determinant",
+    "moments",
+    "negativity_ratio",
+    "spectral_density",
+    "spectral_mean",
     "trace",
+    # sharpness
+    "EpsilonSharpness",
+    "PacBayesSharpness",
+    "average_sharpness",
+    "epsilon_sharpness",
+    "fisher_rao_norm",
+    "gradient_norm",
+    "normalize_logits",
+    "pac_bayes_sharpness",
+    "relative_flatness",
+    "sam_sharpness",
+    "worst_case_sharpness",
+    # stability
+    "adam_diagonal",
+    "edge_of_stability",
+    "preconditioned",
+    "sam_edge",
     # numerical collapse
     "MonitorNLMState",
     "NLMAlignment",
@@ -27,4 +91,12 @@ __all__ = [  # noqa: RUF022
     "monitor_nlm",
     "nlm_alignment",
     "softmax_collapse",
+    # monitors
+    "Metric",
+    "MonitorState",
+    "Observation",
+    "metrics",
+    "monitor",
+    # plots
+    "plots",
 ]

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from basinax.landscape._lanczos import (
     allocate,
+    check_memory,
     combine,
     compress,
     extend,
@@ -44,6 +45,10 @@ _RANKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "SA": lambda values: values,
     "LM": lambda values: -np.abs(values),
 }
+
+# Error of a chain's best Ritz value, in units of its spread, at which it is trusted to
+# be the best there is.
+_SETTLED = 0.02
 
 
 class Eigenpairs(NamedTuple):
@@ -72,41 +77,76 @@ class _Ritz(NamedTuple):
     values: np.ndarray
     vectors: np.ndarray
     residuals: np.ndarray
+    limits: np.ndarray
     converged: np.ndarray
     ranks: np.ndarray
     order: np.ndarray
 
 
 def _solve(
-    projected: np.ndarray, block: int, beta: float, which: str, tol: float, eps: float
+    projected: np.ndarray,
+    block: int,
+    beta: float,
+    ignored: float,
+    which: str,
+    tol: float,
+    eps: float,
 ) -> _Ritz:
-    """Diagonalise T, whose first `block` rows are decoupled from the others."""
+    """Diagonalise T, whose first `block` rows are decoupled from the others.
+
+    `ignored` is a bound of what the decoupling left out; every residual owns up to it.
+    """
     count = len(projected)
     values, vectors = np.empty(count), np.zeros((count, count))
     for part in (slice(0, block), slice(block, count)):
         values[part], vectors[part, part] = np.linalg.eigh(projected[part, part])
-    residuals = np.abs(beta * vectors[-1])
+    residuals = np.hypot(beta * vectors[-1], ignored)
     # A residual below rounding means nothing, so no tolerance asks for less.
     limits = np.maximum(tol * np.abs(values), eps * np.abs(values).max())
     ranks = _RANKS[which](values)
     order = np.argsort(ranks, kind="stable")
-    return _Ritz(values, vectors, residuals, residuals <= limits, ranks, order)
+    return _Ritz(values, vectors, residuals, limits, residuals <= limits, ranks, order)
 
 
-def _finished(ritz: _Ritz, k: int, block: int, beta: float, tol: float) -> bool:
+def _finished(
+    ritz: _Ritz, k: int, block: int, beta: float, tol: float, copies: bool
+) -> bool:
     """Decide whether the k best Ritz pairs are the wanted eigenpairs."""
     wanted = ritz.order[:k]
     if len(wanted) < k or not ritz.converged[wanted].all():
         return False
     if beta > 0 and block == 0:
-        return True
+        return not copies
     # A chain that broke down has exhausted an invariant subspace, which holds each of
     # its eigenvalues once. A new chain, orthogonal to it, may hold further copies but
-    # nothing better than the best of the latest one; so that decides.
+    # nothing better than the best of the latest one; so that decides, once it is known
+    # well on the scale of its chain.
+    chain = ritz.values[block:]
     best = ritz.order[ritz.order >= block][0]
+    error = ritz.residuals[best]
     slack = tol * np.abs(ritz.values[wanted[-1]])
-    better = ritz.ranks[best] < ritz.ranks[wanted[-1]] - slack
-    return bool(ritz.converged[best] and not better)
+    better = ritz.ranks[best] - error < ritz.ranks[wanted[-1]] - slack
+    settled = error <= _SETTLED * np.ptp(chain) or ritz.converged[best]
+    return bool(settled and (not better or best == wanted[-1]))
+
+
+def _ignored_by_locking(
+    ritz: _Ritz, k: int, block: int, beta: float, ignored: float
+) -> float | None:
+    """Bound what would be ignored if the k best Ritz vectors were locked.
+
+    Locked vectors U are left alone while a new chain searches their complement. Its
+    projected matrix lacks Uᵀ A v, whose norm is at most ‖A U - U θ‖.
+
+    Returns:
+        The bound, or None while it is too large for the tolerance or while the latest
+        chain has nothing to contribute.
+    """
+    wanted, latest = ritz.order[:k], ritz.order[ritz.order >= block]
+    if len(wanted) < k or latest[0] not in wanted:
+        return None
+    total = float(np.hypot(ignored, np.linalg.norm(beta * ritz.vectors[-1, wanted])))
+    return total if total <= 0.7 * ritz.limits[wanted].min() else None
 
 
 def _restart(
@@ -154,6 +194,8 @@ def eigenpairs(
     tol: float = 1e-3,
     max_matvecs: int | None = None,
     basis_size: int | None = None,
+    copies: bool = False,
+    max_bytes: int | None = None,
 ) -> Eigenpairs:
     """Find the k most extreme eigenpairs of a symmetric operator.
 
@@ -168,7 +210,7 @@ def eigenpairs(
     An eigenvalue of multiplicity above one is found once, as by every Krylov method
     with one start vector, unless the operator has so few distinct eigenvalues that a
     Krylov space is exhausted; then the search goes on in its complement and finds the
-    copies too.
+    copies too. With `copies=True` it always does.
 
     Args:
         operator: symmetric linear function on trees shaped like `like`, for instance
@@ -187,15 +229,21 @@ def eigenpairs(
             float32; half as many more are needed during a restart. Smaller saves
             memory and costs products. The default is 32, or 2 k + 16 if larger, and
             never above the number of parameters.
+        copies: once the pairs have converged, search on from a random vector orthogonal
+            to them until that finds nothing better, so that repeated eigenvalues are
+            returned as often as they occur. Each search costs about as much as the
+            first one. Networks with symmetries can have such; generic ones do not.
+        max_bytes: refuse to start if all vectors held at once, in basis and restart,
+            would take more memory than this.
 
     Returns:
         The pairs, best first, with residuals and convergence flags. If an operator
         returns NaN or infinity everything is NaN and nothing is converged.
 
     Raises:
-        ValueError: for an unknown `which`, sizes out of range, a `like` that is empty,
-            traced or not real floating point, or an operator that returns another
-            shape.
+        ValueError: for an unknown `which`, sizes out of range, too little memory, a
+            `like` that is empty, traced or not real floating point, or an operator that
+            returns another shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -215,6 +263,8 @@ def eigenpairs(
     _check_sizes(k, dimension, limit, basis_size)
     capacity = min(dimension, basis_size or max(32, 2 * k + 16))
     kept = k + (capacity - k) // 2
+    advice = "lower basis_size, to k + 2 at the least, which costs products"
+    check_memory(like, capacity + kept + 2, max_bytes, advice)
 
     basis = allocate(like, capacity + 1)
     dtype = jnp.result_type(*jax.tree.leaves(basis))
@@ -222,7 +272,7 @@ def eigenpairs(
     basis, vector = start(basis, like, random_bits(key, like), 0)
     scale = jnp.zeros((), dtype)
     projected = np.zeros((capacity + 1, capacity + 1))
-    count = block = 0
+    count, block, ignored = 0, 0, 0.0
     for matvecs in itertools.count(1):
         step = extend(basis, like, operator(vector), count, scale)
         basis, vector, scale = step.basis, step.vector, step.scale
@@ -237,15 +287,25 @@ def eigenpairs(
         last = count == dimension or matvecs == limit
         # Solving T at every step would come to dominate for large bases.
         if last or beta == 0 or count == capacity or count % (1 + count // 32) == 0:
-            ritz = _solve(projected[:count, :count], block, beta, which, tol, eps)
-            if last or _finished(ritz, k, block, beta, tol):
+            part = projected[:count, :count]
+            ritz = _solve(part, block, beta, ignored, which, tol, eps)
+            if last or _finished(ritz, k, block, beta, tol, copies):
                 break
+            if copies and beta > 0:
+                bound = _ignored_by_locking(ritz, k, block, beta, ignored)
+                if bound is not None:
+                    ignored, beta = bound, 0.0
+                    part = projected[: count + 1, : count + 1]
+                    weights = np.zeros((capacity + 1, k + 1))
+                    _, weights[: count + 1] = _restart(part, ritz, k, beta)
+                    basis = compress(basis, jnp.asarray(weights, dtype))
+                    count = k
         block = block if beta > 0 else count
         if count == capacity:
             keep, weights = _restart(projected, ritz, kept, beta)
             basis = compress(basis, jnp.asarray(weights, dtype))
             count, block = kept, int(np.sum(keep < block))
-        else:
+        elif beta > 0:
             projected[count, count - 1] = projected[count - 1, count] = beta
         if beta == 0:
             bits = random_bits(jax.random.fold_in(key, matvecs), like)

@@ -3,23 +3,26 @@
 One step extends an orthonormal basis V = (v_0 ... v_j) of a Krylov space of a
 symmetric operator A:
 
-    w = A v_j;   twice: w <- w - V (Vᵀ w);   α_j = v_jᵀ A v_j,  β_j = ‖w‖,
-    v_{j+1} = w / β_j.
+    w = A v_j - α_j v_j - β_{j-1} v_{j-1};   w <- w - V (Vᵀ w);   β_j = ‖w‖,
+    v_{j+1} = w / β_j,   α_j = v_jᵀ A v_j.
 
-Without reorthogonalisation float32 Lanczos returns "ghosts", many copies of the
-largest eigenvalue; two passes of classical Gram-Schmidt hold VᵀV = I to rounding and
-subtract the terms α_j v_j + β_{j-1} v_{j-1} on their way. A β_j at rounding level
-means that V spans an invariant subspace: β_j is then set to zero, nothing is divided
-by it, and the caller may go on from a random vector orthogonal to V.
+Without the second formula, reorthogonalisation, float32 Lanczos returns "ghosts", many
+copies of the largest eigenvalue. Once the recurrence has taken the large components
+out, one pass of classical Gram-Schmidt over V holds VᵀV = I to rounding; the pass is
+repeated where it takes away more than a third of ‖w‖, as it does after a restart. A β_j
+at rounding level means that V spans an invariant subspace: β_j is then set to zero,
+nothing is divided by it, and the caller may go on from a random vector orthogonal to V.
 
 The basis is a tree whose leaves have a leading axis of slots, so each leaf keeps its
 sharding. Slots beyond the live ones are masked.
 
 References:
     Paige, *Accuracy and effectiveness of the Lanczos algorithm for the symmetric
-    eigenproblem*, Linear Algebra Appl. 34, 1980. Giraud, Langou, Rozložník, van den
-    Eshof, *Rounding error analysis of the classical Gram-Schmidt orthogonalization
-    process*, Numer. Math. 101, 2005 (twice is enough).
+    eigenproblem*, Linear Algebra Appl. 34, 1980. Daniel, Gragg, Kaufman, Stewart,
+    *Reorthogonalization and stable algorithms for updating the Gram-Schmidt QR
+    factorization*, Math. Comp. 30, 1976 (when to repeat). Giraud, Langou, Rozložník,
+    van den Eshof, *Rounding error analysis of the classical Gram-Schmidt
+    orthogonalization process*, Numer. Math. 101, 2005 (twice is enough).
 """
 
 import functools
@@ -29,13 +32,24 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from basinax.landscape._vectors import check_same, norm, placement, wide_dtype
+from basinax.landscape._vectors import (
+    check_same,
+    inner,
+    norm,
+    placement,
+    size,
+    wide_dtype,
+    widen,
+)
 
 # β below this many rounding units of ‖A‖ is noise. Not √eps, which lies within the
 # range of legitimate β in float32.
 BREAKDOWN = 64
+# A pass that leaves this share of a vector or more need not be repeated.
+_KEEPS = 0.7
+_PASSES = 3
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -68,6 +82,25 @@ def allocate(like: PyTree, slots: int) -> PyTree:
     )
 
 
+def check_memory(like: PyTree, slots: int, limit: int | None, advice: str) -> None:
+    """Raise ValueError if a basis would need more bytes than the caller allows.
+
+    Args:
+        like: parameters.
+        slots: number of vectors to hold at once.
+        limit: bytes, or None for no limit.
+        advice: what to change, for the message.
+    """
+    need = slots * sum(
+        size(leaf) * wide_dtype(leaf).itemsize for leaf in jax.tree.leaves(like)
+    )
+    if limit is not None and need > limit:
+        raise ValueError(
+            f"{slots} vectors the size of the parameters take {need:.3g} bytes, more "
+            f"than max_bytes={limit:.3g}; {advice}."
+        )
+
+
 def rounding_unit(basis: PyTree) -> float:
     """Return the eps of the arithmetic a basis is kept in."""
     return float(max(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(basis)))
@@ -93,18 +126,50 @@ def _components(
 @jax.jit
 def _orthogonalize(
     basis: PyTree, vector: PyTree, live: Int[Array, ""] | int
-) -> tuple[PyTree, Float[Array, "slots"]]:
-    """Subtract V (Vᵀ w) over the first `live` slots; return what is left and Vᵀ w."""
+) -> tuple[PyTree, Float[Array, "slots"], Float[Array, ""]]:
+    """Subtract V (Vᵀ w) over the first `live` slots.
+
+    Returns:
+        What is left, Vᵀ w, and the norm of what is left.
+    """
+
+    def one_pass(state: tuple) -> tuple:
+        vector, total, _, before, count = state
+        found = _components(basis, vector, live)
+        rest = jax.tree.map(
+            lambda rows, x: (
+                x - jnp.tensordot(found.astype(x.dtype), rows, 1, precision=_HIGHEST)
+            ),
+            basis,
+            vector,
+        )
+        return rest, total + found, before, norm(rest), count + 1
+
+    def unsafe(state: tuple) -> Bool[Array, ""]:
+        *_, before, after, count = state
+        return (count == 0) | ((after < _KEEPS * before) & (count < _PASSES))
+
     vector = jax.tree.map(lambda rows, x: x.astype(rows.dtype), basis, vector)
-    components = _components(basis, vector, live)
-    rest = jax.tree.map(
-        lambda rows, x: (
-            x - jnp.tensordot(components.astype(x.dtype), rows, 1, precision=_HIGHEST)
-        ),
-        basis,
-        vector,
-    )
-    return rest, components
+    length = norm(vector)
+    none = jnp.zeros_like(_components(basis, vector, 0))
+    state = (vector, none, length, length, jnp.zeros((), jnp.int32))
+    rest, total, _, length, _ = jax.lax.while_loop(unsafe, one_pass, state)
+    return rest, total, length
+
+
+@jax.jit
+def _recur(
+    basis: PyTree, product: PyTree, index: Int[Array, ""] | int
+) -> tuple[PyTree, Float[Array, "2"]]:
+    """Subtract the terms along the last two vectors; return what is left and them."""
+    rest, found = widen(product), []
+    for slot in (index, jnp.maximum(index - 1, 0)):
+        vector = take(basis, slot)
+        found.append(inner(vector, rest))
+        rest = jax.tree.map(
+            lambda x, v, c=found[-1]: x - c.astype(x.dtype) * v, rest, vector
+        )
+    return rest, jnp.stack(found)
 
 
 @functools.partial(jax.jit, donate_argnames="basis")
@@ -112,15 +177,13 @@ def _append(
     basis: PyTree,
     like: PyTree,
     rest: PyTree,
-    components: tuple[Float[Array, "slots"], Float[Array, "slots"]],
+    coefficients: tuple[Float[Array, ""], Float[Array, ""]],
     index: Int[Array, ""] | int,
     scale: Float[Array, ""],
 ) -> Step:
     """Normalise what is left and write it to a slot, unless it is rounding noise."""
-    first, second = components
-    alpha = (first + second)[index - 1]
-    beta = norm(rest)
-    scale = jnp.maximum(scale, jnp.maximum(jnp.max(jnp.abs(first)), beta))
+    alpha, beta = coefficients
+    scale = jnp.maximum(scale, beta)
     # Compared before anything is divided; NaN compares false and is passed on.
     beta = jnp.where(beta <= BREAKDOWN * rounding_unit(basis) * scale, 0, beta)
     divisor = jnp.where(beta > 0, beta, 1)
@@ -132,8 +195,20 @@ def _append(
         basis,
         vector,
     )
-    coefficients = jnp.stack([alpha, beta])
-    return Step(basis, optax.tree.cast_like(vector, like), coefficients, scale)
+    vector = optax.tree.cast_like(vector, like)
+    return Step(basis, vector, jnp.stack([alpha, beta]), scale)
+
+
+@jax.jit
+def _merge(
+    local: Float[Array, "2"],
+    found: Float[Array, "slots"],
+    index: Int[Array, ""] | int,
+    scale: Float[Array, ""],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return α_j and the largest component so far."""
+    peak = jnp.maximum(jnp.max(jnp.abs(local)), jnp.max(jnp.abs(found)))
+    return local[0] + found[index], jnp.maximum(scale, peak)
 
 
 def extend(
@@ -145,8 +220,8 @@ def extend(
 ) -> Step:
     """Take one Lanczos step, given the product A v of the vector in a slot.
 
-    The passes are compiled apart from the rest and shared with `start`, because one
-    program for the whole step takes three times as long to compile.
+    The pass is compiled apart from the rest and shared with `absorb`, because one
+    program for the whole step takes longer to compile.
 
     Args:
         basis: basis whose slots up to `index` are live; its memory is reused.
@@ -159,9 +234,48 @@ def extend(
         The step; its vector is zero after a breakdown or a NaN.
     """
     check_same(product, like, "the operator's result")
-    rest, first = _orthogonalize(basis, product, index + 1)
-    rest, second = _orthogonalize(basis, rest, index + 1)
-    return _append(basis, like, rest, (first, second), index + 1, scale)
+    rest, local = _recur(basis, product, index)
+    rest, found, beta = _orthogonalize(basis, rest, index + 1)
+    alpha, scale = _merge(local, found, index, scale)
+    return _append(basis, like, rest, (alpha, beta), index + 1, scale)
+
+
+class Column(NamedTuple):
+    """What `absorb` returns: one column of a QR factorisation.
+
+    Attributes:
+        basis: the basis with the new unit vector in its slot.
+        vector: that vector in the dtypes of the parameters.
+        components: Vᵀ w over the earlier slots, zero beyond.
+        length: norm of what was new in w; exactly zero where it was rounding noise.
+    """
+
+    basis: PyTree
+    vector: PyTree
+    components: Float[Array, "slots"]
+    length: Float[Array, ""]
+
+
+def absorb(
+    basis: PyTree, like: PyTree, vector: PyTree, index: Int[Array, ""] | int
+) -> Column:
+    """Write to a slot the unit vector along what is new in a vector.
+
+    Args:
+        basis: basis whose first `index` slots are live; its memory is reused.
+        like: parameters; only their dtypes matter.
+        vector: tree shaped like the parameters.
+        index: slot to write; it is zeroed if the vector holds nothing new.
+    """
+    rest, components, beta = _orthogonalize(basis, vector, index)
+    # The first entry is an α in a chain and nothing here.
+    step = _append(basis, like, rest, (beta, beta), index, _norm(vector))
+    return Column(step.basis, step.vector, components, step.coefficients[1])
+
+
+@jax.jit
+def _norm(vector: PyTree) -> Float[Array, ""]:
+    return norm(vector)
 
 
 @jax.jit
@@ -183,11 +297,30 @@ def start(
     Returns:
         The basis and the vector in the dtypes of the parameters.
     """
-    rest, first = _orthogonalize(basis, _centred(bits, basis), index)
-    rest, second = _orthogonalize(basis, rest, index)
-    no_scale = jnp.zeros_like(first[0])
-    step = _append(basis, like, rest, (first, second), index, no_scale)
-    return step.basis, step.vector
+    column = absorb(basis, like, _centred(bits, basis), index)
+    return column.basis, column.vector
+
+
+@jax.jit
+def components(basis: PyTree, vector: PyTree) -> Float[Array, "slots"]:
+    """Compute Vᵀ w over all slots."""
+    vector = jax.tree.map(lambda rows, x: x.astype(rows.dtype), basis, vector)
+    return _components(basis, vector, len(jax.tree.leaves(basis)[0]))
+
+
+@jax.jit
+def complement(basis: PyTree, vector: PyTree) -> PyTree:
+    """Subtract V (Vᵀ w) over all slots."""
+    return _orthogonalize(basis, vector, len(jax.tree.leaves(basis)[0]))[0]
+
+
+@jax.jit
+def take(basis: PyTree, index: Int[Array, ""] | int) -> PyTree:
+    """Read one slot."""
+    return jax.tree.map(
+        lambda rows: jax.lax.dynamic_index_in_dim(rows, index, 0, keepdims=False),
+        basis,
+    )
 
 
 @jax.jit

@@ -24,6 +24,7 @@ import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PyTree
 
+from basinax.landscape._sandwich import as_partial, scalar
 from basinax.landscape._vectors import (
     check_concrete,
     check_same,
@@ -33,22 +34,24 @@ from basinax.landscape._vectors import (
 )
 
 
+def _gradient(loss_fn: Partial, args: tuple[PyTree, ...]) -> Callable[[PyTree], PyTree]:
+    return jax.grad(lambda params: scalar(loss_fn(params, *args), "loss_fn"))
+
+
 @jax.jit
 def _hessian_product(
     loss_fn: Partial, params: PyTree, args: tuple[PyTree, ...], vector: PyTree
 ) -> PyTree:
     check_same(vector, params, "the vector")
     tangent = optax.tree.cast_like(vector, params)
-    gradient = jax.grad(loss_fn)
-    return jax.jvp(lambda p: gradient(p, *args), (params,), (tangent,))[1]
+    return jax.jvp(_gradient(loss_fn, args), (params,), (tangent,))[1]
 
 
 @jax.jit
 def _linearized_gradient(
     loss_fn: Partial, params: PyTree, args: tuple[PyTree, ...]
 ) -> Callable[[PyTree], PyTree]:
-    gradient = jax.grad(loss_fn)
-    return jax.linearize(lambda p: gradient(p, *args), params)[1]
+    return jax.linearize(_gradient(loss_fn, args), params)[1]
 
 
 @jax.jit
@@ -94,7 +97,8 @@ def hessian(
 
     Raises:
         ValueError: if `params` is empty or holds leaves that are not real floating
-            point; from the operator if its argument is not shaped like `params`.
+            point; from the operator if its argument is not shaped like `params` or
+            the loss does not return one real number.
 
     Example:
         >>> import jax.numpy as jnp
@@ -106,9 +110,7 @@ def hessian(
         [6.0, 120.0]
     """
     check_vector(params, "params")
-    # Without arguments a Partial is static under jit and compared by its function; a
-    # loss that already is one brings its own arrays along as data.
-    loss = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
+    loss = as_partial(loss_fn)
     if linearize:
         linear_map = _linearized_gradient(loss, params, args)
         return Partial(_linearized_product, linear_map, params)

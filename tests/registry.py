@@ -127,6 +127,21 @@ CASES = (
         static_args=("scope",),
     ),
     Case(
+        "monitor",
+        functools.partial(
+            landscape.monitor,
+            metrics={
+                "sharpness": landscape.metrics.lambda_max(num_steps=2),
+                "cosine": landscape.metrics.gradient_cosine(),
+                "size": landscape.metrics.parameter_norm(),
+            },
+            every=2,
+        ),
+        is_optimizer=False,
+        static_args=("metrics", "every"),
+        extra_args=lambda loss_fn: {"value_fn": loss_fn},
+    ),
+    Case(
         "perp_grad",
         bx.perp_grad,
         is_optimizer=False,

@@ -14,7 +14,7 @@ from basinax.benchmarks import (
     _compare,
     _figures,
     _results,
-    _speed,
+    _speed_clip,
     _speed_projection,
     _table,
     main,
@@ -150,7 +150,7 @@ def test_ctrl_c_before_anything_is_finished(tmp_path, monkeypatch):
         ("compare --seeds 0", "needs at least 1"),
         ("compare --grid 9", "1 to 5"),
         ("claims nothing", "valid names: spectra"),
-        ("speed everything", "valid names: clip, losses, projection"),
+        ("speed everything", "valid names: clip, losses, projection, products"),
         ("speed --methods magic", "valid names: auto, eigh"),
         ("speed --shapes 3by4", "ROWSxCOLUMNS"),
         ("speed --logits 3by4", "--logits '3by4': write"),
@@ -191,14 +191,14 @@ def test_speed(tmp_path, capsys):
     )
     assert main([*words.split(), str(tmp_path)]) == 0
     results = json.loads((tmp_path / "speed.json").read_text())
-    assert [row["method"] for row in results["rows"]] == [
+    assert [row["method"] for row in results["rows"]["clip"]] == [
         "eigh",
         "polynomial",
         "newton_schulz",  # the reference comes along
     ]
-    assert all(row["relative_error"] < 1e-3 for row in results["rows"])
-    assert results["rows"][2]["speedup"] == 1.0
-    losses = {row["loss"]: row for row in results["losses"]}
+    assert all(row["relative_error"] < 1e-3 for row in results["rows"]["clip"])
+    assert results["rows"]["clip"][2]["speedup"] == 1.0
+    losses = {row["loss"]: row for row in results["rows"]["losses"]}
     assert losses["softmax (optax)"]["ratio"] == 1.0
     assert losses["softmax (optax)"]["gradient_error"] == 1.0  # it collapsed
     assert losses["softmax, collapse-free"]["gradient_error"] < 1e-5
@@ -222,7 +222,7 @@ def test_speed_of_the_projection():
 def test_speed_reference_is_the_definition():
     x = np.diag([3.0, 4.0])
     expected = np.diag([3 / np.sqrt(1 + 9 / 16), 4 / np.sqrt(2)])
-    np.testing.assert_allclose(_speed.reference(x, 4.0), expected, atol=1e-14)
+    np.testing.assert_allclose(_speed_clip.reference(x, 4.0), expected, atol=1e-14)
 
 
 def test_summary_leaves_out_what_diverged():

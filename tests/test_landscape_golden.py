@@ -1,108 +1,32 @@
 """Curvature of three small trained models against dense float64 Hessians.
 
-`golden/landscape.npz` holds weights, data and spectra that were computed with torch in
-float64 by double backward: a perceptron, a convolutional net and a transformer block.
+The models are a perceptron, a convolutional net and a transformer block.
 """
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from landscape_models import APPLY, GOLDEN, cross_entropy, flatten, problem, unflatten
 
-from basinax.landscape import dense, eigenpairs, hessian, trace
+from basinax.landscape import (
+    dense,
+    eigenpairs,
+    empirical_fisher,
+    fisher,
+    gauss_newton,
+    gradient_covariance,
+    hessian,
+    restrict,
+    trace,
+)
 
-GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "landscape.npz")
 # The 22 leaves of the transformer take long to compile and little else.
 MODELS = pytest.mark.parametrize(
     "name", ["mlp", "cnn", pytest.param("tf", marks=pytest.mark.slow)]
 )
-
-
-def cross_entropy(logits, labels):
-    picked = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits, -1) - picked)
-
-
-def affine(params, name, x):
-    kernel, bias = params[f"{name}.kernel"], params[f"{name}.bias"]
-    return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
-
-
-def mlp(params, x):
-    for layer in ("l0", "l1"):
-        x = jnp.tanh(affine(params, layer, x))
-    return affine(params, "l2", x)
-
-
-def cnn(params, x):
-    for layer in ("conv0", "conv1"):
-        x = jax.lax.conv_general_dilated(
-            x,
-            params[f"{layer}.kernel"],
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        x = jnp.tanh(x + params[f"{layer}.bias"].reshape(1, 1, 1, -1))
-        n, h, w, c = x.shape
-        x = x.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
-    return affine(params, "dense", x.reshape(len(x), -1))
-
-
-def layer_norm(params, name, x):
-    x = x - x.mean(-1, keepdims=True)
-    x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
-    scale, bias = (params[f"{name}.{part}"][None, None] for part in ("scale", "bias"))
-    return x * scale + bias
-
-
-def transformer(params, tokens):
-    heads = int(GOLDEN["tf.heads"])
-    n, steps = tokens.shape
-    h = params["emb"][tokens] + params["pos"][None, :steps]
-    a = layer_norm(params, "ln1", h)
-    q, k, v = (affine(params, m, a).reshape(n, steps, heads, -1) for m in "qkv")
-    scores = jnp.einsum("nqhd,nkhd->nhqk", q, k) / np.sqrt(q.shape[-1])
-    causal = np.tril(np.ones((1, 1, steps, steps), bool))
-    weights = jax.nn.softmax(jnp.where(causal, scores, -1e30), -1)
-    mixed = jnp.einsum("nhqk,nkhd->nqhd", weights, v).reshape(n, steps, -1)
-    h = h + affine(params, "o", mixed)
-    inner = jax.nn.silu(affine(params, "fc", layer_norm(params, "ln2", h)))
-    h = h + affine(params, "proj", inner)
-    return affine(params, "head", layer_norm(params, "lnf", h))
-
-
-APPLY = {"mlp": mlp, "cnn": cnn, "tf": transformer}
-
-
-@functools.cache
-def loss_of(name):
-    return lambda params, x, y: cross_entropy(APPLY[name](params, x), y)
-
-
-def problem(name, dtype):
-    """Return the loss, its parameters and its data."""
-    names = GOLDEN[f"{name}.param_names"]
-    params = {str(n): jnp.asarray(GOLDEN[f"{name}.w.{n}"], dtype) for n in names}
-    x = GOLDEN[f"{name}.x"]
-    x = jnp.asarray(x, dtype if x.dtype.kind == "f" else jnp.int32)
-    return loss_of(name), params, x, jnp.asarray(GOLDEN[f"{name}.y"], jnp.int32)
-
-
-def flatten(name, tree):
-    """Lay a tree out as the golden vectors are: by parameter name."""
-    leaves = [tree[str(n)] for n in GOLDEN[f"{name}.param_names"]]
-    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in leaves])
-
-
-def unflatten(name, vector, like):
-    names = [str(n) for n in GOLDEN[f"{name}.param_names"]]
-    ends = np.cumsum([like[n].size for n in names])[:-1]
-    parts = zip(names, np.split(vector, ends), strict=True)
-    return {n: jnp.asarray(x.reshape(like[n].shape), like[n].dtype) for n, x in parts}
 
 
 @MODELS
@@ -181,3 +105,116 @@ def test_trace(x64, name):
     assert error < 4 * estimate.standard_error
     # Without this an inflated standard error would pass; measured 2 to 6 percent.
     assert estimate.standard_error < 0.1 * GOLDEN[f"{name}.hess_trace"]
+
+
+@functools.cache
+def example_loss_of(name):
+    return lambda params, x, y: cross_entropy(APPLY[name](params, x[None]), y[None])
+
+
+def close(name, product, key, tolerance=1e-11):
+    expected = GOLDEN[f"{name}.{key}"]
+    np.testing.assert_allclose(
+        flatten(name, product), expected, atol=tolerance * abs(expected).max()
+    )
+
+
+@MODELS
+def test_gauss_newton_product(x64, name):
+    _, params, x, y = problem(name, jnp.float64)
+    v = unflatten(name, GOLDEN[f"{name}.v"], params)
+    model = APPLY[name]
+    kept = name != "mlp"
+    close(
+        name, gauss_newton(model, "cross_entropy", params, x, linearize=kept)(v), "gv"
+    )
+    if name == "mlp":
+        close(name, gauss_newton(model, cross_entropy, params, x, y)(v), "gv")
+        close(name, fisher(model, params, x)(v), "gv")
+
+
+@MODELS
+def test_empirical_fisher_product(x64, name):
+    _, params, x, y = problem(name, jnp.float64)
+    v = unflatten(name, GOLDEN[f"{name}.v"], params)
+    chunk = 16 if name == "mlp" else None  # which leaves a shorter one of 60 examples
+    operator = empirical_fisher(example_loss_of(name), params, (x, y), chunk_size=chunk)
+    close(name, operator(v), "ev")
+
+
+def test_gauss_newton_matrix(x64):
+    _, params, x, _ = problem("mlp", jnp.float64)
+    matrix = dense(
+        gauss_newton(APPLY["mlp"], "cross_entropy", params, x, linearize=True), params
+    )
+    np.testing.assert_allclose(np.trace(matrix), GOLDEN["mlp.ggn_trace"], rtol=1e-12)
+    np.testing.assert_allclose(
+        np.linalg.norm(matrix), GOLDEN["mlp.ggn_fro"], rtol=1e-12
+    )
+    diagonal = unflatten("mlp", GOLDEN["mlp.ggn_diag"], params)
+    expected = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(diagonal)])
+    np.testing.assert_allclose(np.diag(matrix), expected, atol=1e-13)
+
+
+def test_per_example_traces(x64):
+    """Traces through the operators: Fisher of all and of one example, covariances."""
+    _, params, x, y = problem("mlp", jnp.float64)
+    loss = example_loss_of("mlp")
+
+    def total(operator):
+        return np.trace(dense(operator, params))
+
+    batch = (x, y)
+    known = {
+        "efisher_trace": total(empirical_fisher(loss, params, batch, linearize=True)),
+        "gradcov_trace_unbiased": total(
+            gradient_covariance(loss, params, batch, linearize=True)
+        ),
+        "gradcov_trace_biased": total(
+            gradient_covariance(loss, params, batch, unbiased=False, linearize=True)
+        ),
+    }
+    for key, value in known.items():
+        np.testing.assert_allclose(value, GOLDEN[f"mlp.{key}"], rtol=1e-12)
+    first = empirical_fisher(loss, params, (x[:1], y[:1]), linearize=True)
+    np.testing.assert_allclose(
+        total(first), GOLDEN["mlp.per_example_grad_sqnorm"][0], rtol=1e-12
+    )
+
+
+def test_blocks(x64):
+    """Each parameter tensor's diagonal block of the Hessian."""
+    loss, params, x, y = problem("mlp", jnp.float64)
+    operator = hessian(loss, params, x, y, linearize=True)
+    sizes = [params[name].size for name in sorted(params)]
+    ends = dict(zip(sorted(params), np.cumsum(sizes), strict=True))
+    for index, name in enumerate(str(n) for n in GOLDEN["mlp.param_names"]):
+        if not name.endswith("bias") and name != "l2.kernel":
+            continue  # one column costs one product
+        block = restrict(operator, {other: other == name for other in params})
+        matrix = np.asarray(dense(block, params))
+        inside = slice(ends[name] - params[name].size, ends[name])
+        rest = matrix.copy()
+        rest[inside, inside] = 0
+        assert not rest.any()
+        tolerance = dict(rtol=1e-11, atol=1e-13)
+        for key, value in {
+            "trace": np.trace(matrix),
+            "top": np.linalg.eigvalsh(matrix[inside, inside])[-1],
+            "fro": np.linalg.norm(matrix),
+        }.items():
+            expected = GOLDEN[f"mlp.block_{key}"][index]
+            np.testing.assert_allclose(value, expected, **tolerance)
+
+
+def test_top_of_every_block(x64):
+    loss, params, x, y = problem("mlp", jnp.float64)
+    operator = hessian(loss, params, x, y, linearize=True)
+    for index, name in enumerate(str(n) for n in GOLDEN["mlp.param_names"]):
+        block = restrict(operator, {other: other == name for other in params})
+        top = eigenpairs(block, params, 1, key=jax.random.key(0), tol=1e-5)
+        expected = GOLDEN["mlp.block_top"][index]
+        np.testing.assert_allclose(top.values[0], expected, rtol=1e-8)
+        for other, leaf in top.vectors.items():
+            length = np.linalg.norm(leaf)
+            np.testing.assert_allclose(length, other == name, atol=1e-5)

@@ -232,3 +232,21 @@ def test_dense_checks_the_operator():
         dense(lambda v: v[:1], jnp.ones(3))
     with pytest.raises(ValueError, match="outside jit"):
         jax.jit(lambda like: dense(lambda v: v, like))(jnp.ones(3))
+
+
+@MODES
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda w: w**2, r"an array of shape \(3,\) and type float32"),
+        (lambda w: jnp.sum(w**2, keepdims=True), r"an array of shape \(1,\)"),
+        (lambda w: (jnp.sum(w**2), w), "a tuple"),
+        (lambda w: {"loss": jnp.sum(w**2)}, "a dict"),
+        (lambda w: None, "a NoneType"),
+        (lambda w: jnp.sum(w**2) * 1j, "complex64"),
+        (lambda w: jnp.argmax(w), "int32"),
+    ],
+)
+def test_loss_must_return_one_real_number(wrong, message, linearize):
+    with pytest.raises(ValueError, match=f"loss_fn must return one real.*{message}"):
+        hessian(wrong, jnp.ones(3), linearize=linearize)(jnp.ones(3))

@@ -1,5 +1,7 @@
 """Curvature on eight devices: same numbers as on one, and nothing gathered."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,19 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from basinax.landscape import _lanczos as lanczos
-from basinax.landscape import dense, eigenpairs, hessian, trace
+from basinax.landscape import (
+    check_operator,
+    dense,
+    eigenpairs,
+    empirical_fisher,
+    fisher,
+    gauss_newton,
+    gradient_covariance,
+    hessian,
+    over_batches,
+    restrict,
+    trace,
+)
 from basinax.landscape._vectors import random_bits
 
 KEY = jax.random.key(0)
@@ -108,19 +122,69 @@ def test_dense(sharded):
     np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_data_parallel(mesh):
+def model(w, x):
+    return jnp.tanh(x @ w)
+
+
+def mean_loss(w, x):
+    return jnp.mean(jnp.sum(model(w, x) ** 2, -1))
+
+
+def example_loss(w, x):
+    return jnp.sum(model(w, x[None]) ** 2)
+
+
+def in_two_batches(w, x):
+    stacked = jnp.stack([x, x + 1])
+    return over_batches(lambda x: hessian(mean_loss, w, x), (stacked,))
+
+
+OPERATORS = {
+    "hessian": lambda w, x: hessian(mean_loss, w, x),
+    "kept": lambda w, x: gauss_newton(model, "cross_entropy", w, x, linearize=True),
+    "gauss_newton": lambda w, x: gauss_newton(model, "cross_entropy", w, x),
+    "fisher": lambda w, x: fisher(model, w, x, key=KEY, num_samples=2),
+    "empirical_fisher": lambda w, x: empirical_fisher(example_loss, w, (x,)),
+    "covariance": lambda w, x: gradient_covariance(example_loss, w, (x,)),
+    "over_batches": in_two_batches,
+    "restrict": lambda w, x: restrict(hessian(mean_loss, w, x), True),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_data_parallel(mesh, name):
     """The batch is sharded, the parameters are copied to every device."""
-
-    def mean_loss(w, x):
-        return jnp.mean(jnp.tanh(x @ w) ** 2)
-
     rng = np.random.default_rng(0)
     w, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5, 3), (16, 5)))
-    expected = hessian(mean_loss, w, x)(w)
+    expected = OPERATORS[name](w, x)(w)
     w = jax.device_put(w, NamedSharding(mesh, P()))
-    x = jax.device_put(x, NamedSharding(mesh, P("data", None)))
-    product = hessian(mean_loss, w, x)(w)
+    x = jax.device_put(x, NamedSharding(mesh, P(("data", "model"), None)))
+    product = OPERATORS[name](w, x)(w)
     np.testing.assert_allclose(product, expected, rtol=1e-4, atol=1e-5)
+    assert product.sharding.is_fully_replicated
+
+
+def test_sharded_parameters_stay_sharded(mesh, sharded):
+    """Sums over batches and blocks live where the parameters do."""
+    params, x = problem()
+    make = functools.partial(over_batches, lambda x: hessian(loss, params, x))
+    expected = make((jnp.stack([x, 2 * x]),))(params)
+    params, x = sharded
+    mask = {"w": True, "b": False}
+    for batches in ((jnp.stack([x, 2 * x]),), [(x,), (2 * x,)]):
+        mean = over_batches(lambda x: hessian(loss, params, x), batches)
+        for product in (mean(params), restrict(mean, mask)(mask_out(params))):
+            assert product["w"].sharding.is_equivalent_to(
+                NamedSharding(mesh, SPECS["w"]), 2
+            )
+        np.testing.assert_allclose(
+            mean(params)["w"], expected["w"], rtol=1e-4, atol=1e-4
+        )
+    check_operator(mean, params, key=KEY)
+
+
+def mask_out(params):
+    return params | {"b": jnp.zeros_like(params["b"])}
 
 
 @pytest.mark.parametrize("mesh", [AxisType.Explicit], indirect=True)

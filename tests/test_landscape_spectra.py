@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.tree_util import Partial
+from prescribed import matrix_of, multiply, outliers, prescribed
 
 from basinax.landscape import _lanczos as lanczos
 from basinax.landscape import eigenpairs, hessian
@@ -16,26 +17,6 @@ from basinax.landscape import eigenpairs, hessian
 KEY = jax.random.key(0)
 SIZE = 120
 EPS = float(np.finfo(np.float32).eps)
-
-
-@jax.jit
-def multiply(matrix, tree):
-    """Apply a matrix to the concatenated leaves, in the dtypes of the leaves."""
-    flat, unravel = jax.flatten_util.ravel_pytree(tree)
-    return unravel(matrix @ flat)
-
-
-def rotation(size, seed=0):
-    return np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0]
-
-
-def prescribed(values, dtype=np.float32):
-    """Return an operator with these eigenvalues and a tree it acts on."""
-    values = np.asarray(values, np.float64)
-    q = rotation(len(values))
-    like = {"x": dtype(1), "none": None, "w": np.ones((len(values) - 1, 1), dtype)}
-    operator = Partial(multiply, jnp.asarray((q * values) @ q.T, dtype))
-    return operator, jax.tree.map(jnp.asarray, like)
 
 
 def columns(pairs):
@@ -46,12 +27,6 @@ def columns(pairs):
     ).T
 
 
-def outliers(seed=0):
-    """Return a spectrum like a trained network's: a bulk, outliers, a negative tail."""
-    bulk = np.random.default_rng(seed).normal(size=SIZE - 7) * 0.05
-    return np.concatenate([[10, 6, 4, 3, 2.5], bulk, [-0.6, -0.4]])
-
-
 def wanted(values, which, k):
     rank = {"LA": -values, "SA": values, "LM": -abs(values)}[which]
     return values[np.argsort(rank)][:k]
@@ -60,7 +35,7 @@ def wanted(values, which, k):
 @pytest.mark.parametrize("which", ["LA", "SA", "LM"])
 @pytest.mark.parametrize("k", [1, 6])
 def test_values_vectors_and_residuals(which, k):
-    values = outliers()
+    values = outliers(SIZE)
     operator, like = prescribed(values)
     pairs = eigenpairs(operator, like, k, key=KEY, which=which)
     assert pairs.converged.all()
@@ -70,7 +45,7 @@ def test_values_vectors_and_residuals(which, k):
     np.testing.assert_allclose(pairs.values, expected, rtol=1e-3, atol=20 * EPS)
     vectors = columns(pairs)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(k), atol=50 * EPS)
-    matrix = np.asarray(operator.args[0], np.float64)
+    matrix = matrix_of(operator)
     residuals = np.linalg.norm(
         matrix @ vectors - vectors * np.asarray(pairs.values), axis=0
     )
@@ -78,14 +53,14 @@ def test_values_vectors_and_residuals(which, k):
 
 
 def test_tree_of_vectors():
-    operator, like = prescribed(outliers())
+    operator, like = prescribed(outliers(SIZE))
     vectors = eigenpairs(operator, like, 6, key=KEY).vectors
     shapes = jax.tree.map(jnp.shape, vectors)
     assert shapes == {"x": (6,), "none": None, "w": (6, SIZE - 1, 1)}
 
 
 def test_float64(x64):
-    values = outliers()
+    values = outliers(SIZE)
     operator, like = prescribed(values, np.float64)
     pairs = eigenpairs(operator, like, 4, key=KEY, tol=1e-12)
     assert pairs.converged.all()
@@ -163,6 +138,54 @@ def test_exhausted_krylov_spaces(values, k, expected, basis_size):
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(k), atol=1e-5)
 
 
+@pytest.mark.parametrize("basis_size", [None, 6])
+@pytest.mark.parametrize("top", [(3, 3, 3, 1), (5, 3, 3, 1), (3, 2, 2, 2)])
+def test_copies_beside_a_bulk(top, basis_size):
+    """No Krylov space is exhausted here, so one chain finds each value once."""
+    values = np.concatenate([top, outliers(SIZE)[5:]])
+    operator, like = prescribed(values)
+    pairs = eigenpairs(
+        operator, like, 4, key=KEY, copies=True, basis_size=basis_size, tol=1e-4
+    )
+    assert pairs.converged.all()
+    assert pairs.matvecs < 80
+    np.testing.assert_allclose(pairs.values, top, rtol=1e-4)
+    vectors = columns(pairs)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(4), atol=1e-5)
+    residuals = np.linalg.norm(
+        matrix_of(operator) @ vectors - vectors * np.asarray(pairs.values), axis=0
+    )
+    assert np.all(residuals <= pairs.residuals + 50 * EPS)
+
+
+def test_one_chain_finds_one_copy():
+    """What `copies` is for."""
+    values = np.concatenate([[3, 3, 2], outliers(SIZE)[5:]])
+    operator, like = prescribed(values)
+    once = eigenpairs(operator, like, 2, key=KEY)
+    twice = eigenpairs(operator, like, 2, key=KEY, copies=True)
+    np.testing.assert_allclose(once.values, [3, 2], rtol=1e-5)
+    np.testing.assert_allclose(twice.values, [3, 3], rtol=1e-5)
+
+
+def test_copies_do_not_delay_a_simple_spectrum_much():
+    operator, like = prescribed(outliers(SIZE))
+    plain = eigenpairs(operator, like, 5, key=KEY)
+    checked = eigenpairs(operator, like, 5, key=KEY, copies=True)
+    np.testing.assert_allclose(checked.values, plain.values, rtol=1e-5)
+    assert plain.matvecs < checked.matvecs < 4 * plain.matvecs
+
+
+def test_memory_is_stated_before_starting():
+    operator, like = prescribed(outliers(SIZE))
+    # 20 vectors of the basis, one more, and 11 + 1 during a restart.
+    need = 33 * SIZE * 4
+    pairs = eigenpairs(operator, like, 2, key=KEY, basis_size=20, max_bytes=need)
+    assert pairs.converged.all()
+    with pytest.raises(ValueError, match=r"33 vectors .* 1.58e\+04 bytes.*basis_size"):
+        eigenpairs(operator, like, 2, key=KEY, basis_size=20, max_bytes=need - 1)
+
+
 def test_breakdown_is_told_from_a_small_coupling():
     """A threshold at the root of eps would cut the first of these chains."""
     like = jnp.ones(3)
@@ -197,7 +220,7 @@ def test_one_number():
 @given(exponent=st.integers(-80, 80), seed=st.integers(0, 2**32 - 1))
 def test_units_of_the_loss_do_not_matter(exponent, seed):
     """Squares of 2**-80 vanish in float32, those of 2**80 overflow."""
-    operator, like = prescribed(outliers())
+    operator, like = prescribed(outliers(SIZE))
     key = jax.random.key(seed)
     plain = eigenpairs(operator, like, 2, key=key)
     scaled = Partial(multiply, operator.args[0] * 2.0**exponent)
@@ -208,7 +231,7 @@ def test_units_of_the_loss_do_not_matter(exponent, seed):
 
 
 def test_key_decides_the_start_and_nothing_else():
-    operator, like = prescribed(outliers())
+    operator, like = prescribed(outliers(SIZE))
     first, same, other = (
         eigenpairs(operator, like, 3, key=jax.random.key(seed)) for seed in (1, 1, 2)
     )
@@ -248,7 +271,7 @@ def test_gives_up_honestly():
 
 
 def test_no_tolerance_asks_for_less_than_rounding():
-    operator, like = prescribed(outliers())
+    operator, like = prescribed(outliers(SIZE))
     pairs = eigenpairs(operator, like, 3, key=KEY, tol=0.0)
     assert pairs.converged.all()
     assert pairs.matvecs < 20
@@ -256,7 +279,7 @@ def test_no_tolerance_asks_for_less_than_rounding():
 
 def test_counts_products_and_accepts_a_plain_function():
     """An operator may be an ordinary loop over batches that do not fit at once."""
-    values = outliers()
+    values = outliers(SIZE)
     operator, like = prescribed(values)
     halves = [Partial(multiply, operator.args[0] * share) for share in (0.25, 0.75)]
     calls = []
@@ -328,6 +351,7 @@ def test_low_precision_parameters():
         ({"k": 3, "max_matvecs": 2}, "max_matvecs must be at least k = 3"),
         ({"k": 1, "basis_size": 2}, "basis_size must be at least 3, .*; got 2"),
         ({"like": {"w": jnp.arange(3)}}, r"like\['w'\] is int32"),
+        ({"like": {"w": jnp.ones(3, complex)}}, r"like\['w'\] is complex64"),
         ({"like": None}, "like holds no numbers"),
         ({"operator": lambda v: v[:2]}, "operator's result must be shaped like"),
         ({"operator": lambda v: {"w": v}}, "operator's result must be shaped like"),
