@@ -73,6 +73,10 @@ CLAIMS: dict[str, Claim] = {
         "basinax.benchmarks._claims_grokking",
         "orthogonal gradients and StableMax generalize without weight decay",
     ),
+    "landscape": Claim(
+        "basinax.benchmarks._claims_landscape",
+        "Hessian outliers, the edge of stability, sharpness and generalization",
+    ),
 }
 
 

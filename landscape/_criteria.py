@@ -21,6 +21,8 @@ Reference: Gabdullin, *Investigating generalization capabilities of neural netwo
 means of loss landscapes and Hessian analysis*, arXiv:2412.10146, 2024.
 """
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 
@@ -129,7 +131,7 @@ def negativity_ratio(
 
 
 def _ratio(
-    top: Float[np.ndarray, "probes"], bottom: Float[np.ndarray, "probes"], dtype: type
+    top: Float[np.ndarray, "probes"], bottom: Float[np.ndarray, "probes"], dtype: Any
 ) -> Estimate:
     """Divide two means, with the error of the quotient to first order."""
     value, count = top.mean() / bottom.mean(), len(top)

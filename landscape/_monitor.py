@@ -166,5 +166,5 @@ def _as_metric(name: str, metric: Any) -> Metric:
             f"the metric {name!r} must be a Metric, such as metrics.lambda_max(), or a "
             f"function of an Observation; got {type(metric).__name__}."
         )
-    function: Callable[[Observation], Array] = metric
+    function: Any = metric
     return Metric(lambda _: (), lambda memory, seen: (memory, function(seen)))

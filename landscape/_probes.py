@@ -5,7 +5,7 @@ the trace of A as its mean, z ∘ A z the diagonal and ‖A z‖² the squared F
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ def result_dtype(like: PyTree) -> jnp.dtype:
     return jnp.result_type(*map(wide_dtype, jax.tree.leaves(like)))
 
 
-def on_host(samples: Sequence[Array]) -> np.ndarray:
+def on_host(samples: Sequence[Any]) -> np.ndarray:
     """Fetch what was computed per probe, in float64."""
     return np.asarray(jax.device_get(list(samples)), np.float64)
 
