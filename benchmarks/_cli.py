@@ -315,7 +315,7 @@ examples:
     add("--methods", type=_names, metavar="A,B,...", help="default: all")
     add("--kappa", type=float, default=15.0, help="largest singular value over c (15)")
     add("--rounds", type=int, default=9, metavar="N", help="timings per cell (9)")
-    add("parts", nargs="*", metavar="PART", help="default: all")
+    add("parts", nargs="*", metavar="PART", help="default: all but peers")
     add("--logits", metavar="BxC", help="samples x classes of the losses (1024x32000)")
     add(
         "--out",

@@ -10,6 +10,7 @@ from rich.console import Console
 from basinax.benchmarks import (
     _speed_clip,
     _speed_losses,
+    _speed_peers,
     _speed_products,
     _speed_projection,
     _speed_spectra,
@@ -36,6 +37,8 @@ class Part(NamedTuple):
     about: str
     measure: Callable[[Study], list[dict[str, Any]]]
     table: Callable[[list[dict[str, Any]], Study], Table]
+    by_name_only: bool = False
+    """Whether it runs only where it is asked for: it needs more than the package."""
 
 
 PARTS: dict[str, Part] = {
@@ -64,6 +67,12 @@ PARTS: dict[str, Part] = {
         lambda s: _speed_spectra.measure(s.rounds),
         lambda rows, s: _speed_spectra.table(rows, s.rounds),
     ),
+    "peers": Part(
+        "the landscape against PyTorch's tools (only by name, six minutes)",
+        lambda s: _speed_peers.measure(s.rounds),
+        lambda rows, s: _speed_peers.table(rows, s.rounds),
+        by_name_only=True,
+    ),
 }
 
 
@@ -82,7 +91,7 @@ def prepare(
     rounds: int,
     logits: str | None = None,
 ) -> Study:
-    """Check what the user asked for; no part means all of them.
+    """Check what the user asked for; no part means all that need no peers.
 
     Raises:
       Usage: a part, a shape, a method or a number makes no sense.
@@ -105,7 +114,8 @@ def prepare(
     if _speed_clip.REFERENCE not in chosen:
         chosen = (*chosen, _speed_clip.REFERENCE)
     size = _shape(logits, "--logits") if logits else _speed_losses.SHAPE
-    parts = tuple(parts or PARTS)
+    everything = [name for name, part in PARTS.items() if not part.by_name_only]
+    parts = tuple(parts or everything)
     return Study(parts, tuple(map(_shape, shapes)), chosen, kappa, rounds, size)
 
 
