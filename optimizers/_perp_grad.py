@@ -9,6 +9,7 @@ Prieto et al., "Grokking at the Edge of Numerical Stability" (ICLR 2025,
 arXiv:2501.04697), Definition 7; the rescaling to the full norm is their code's.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -164,7 +165,7 @@ def perp_grad(
             kept, whole = tuple(range(g.ndim)), True
             if scope == "neuron":
                 kept, whole = slice_axes(axes, path, g)
-            if g.size and _slice_size(g, kept) >= min_size:
+            if g.size and math.prod(g.shape[axis] for axis in kept) >= min_size:
                 blocks.append(([i], None if whole else kept))
         if scope == "global" and blocks:
             blocks = [([i for members, _ in blocks for i in members], None)]
@@ -182,14 +183,7 @@ def perp_grad(
         return treedef.unflatten(out), state
 
     tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
-    return tx if mask is None else optax.with_extra_args_support(optax.masked(tx, mask))
-
-
-def _slice_size(leaf: Array, axes: tuple[int, ...]) -> int:
-    size = 1
-    for axis in axes:
-        size *= leaf.shape[axis]
-    return size
+    return tx if mask is None else optax.masked(tx, mask)
 
 
 def _check_max_rescale(max_rescale: Any, rescale: bool) -> None:

@@ -125,7 +125,7 @@ def keep_weight_norm(
         return treedef.unflatten(out), state
 
     tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-    return tx if mask is None else optax.with_extra_args_support(optax.masked(tx, mask))
+    return tx if mask is None else optax.masked(tx, mask)
 
 
 def _slice(
