@@ -110,12 +110,9 @@ def rounding_unit(basis: PyTree) -> float:
 
 
 def _components(
-    basis: PyTree,
-    vector: PyTree,
-    live: Int[Array, ""] | int,
-    first: Int[Array, ""] | int = 0,
+    basis: PyTree, vector: PyTree, live: Int[Array, ""] | int
 ) -> Float[Array, "slots"]:
-    """Compute Vᵀ w over the slots from `first` up to `live`."""
+    """Compute Vᵀ w over the first `live` slots."""
 
     def contract(rows: Float[Array, "slots *s"], x: Float[Array, "*s"]) -> Array:
         # On an Explicit mesh a contraction over sharded axes must name its result.
@@ -126,8 +123,7 @@ def _components(
 
     parts = jax.tree.leaves(jax.tree.map(contract, basis, vector))
     total = functools.reduce(jnp.add, parts)
-    index = jnp.arange(total.size)
-    return jnp.where((index >= first) & (index < live), total, 0)
+    return jnp.where(jnp.arange(total.size) < live, total, 0)
 
 
 @jax.jit
@@ -144,12 +140,12 @@ def _orthogonalize(
 
     def one_chunk(number: Array, state: tuple) -> tuple:
         vector, total = state
-        # The last chunk may have to begin early; what it repeats is masked.
+        # The last chunk may have to begin early; what it repeats is rounding by then.
         first = jnp.minimum(number * width, slots - width)
         rows = jax.tree.map(
             lambda rows: jax.lax.dynamic_slice_in_dim(rows, first, width, 0), basis
         )
-        found = _components(rows, vector, live - first, number * width - first)
+        found = _components(rows, vector, live - first)
         rest = jax.tree.map(
             lambda rows, x: (
                 x - jnp.tensordot(found.astype(x.dtype), rows, 1, precision=_HIGHEST)
