@@ -4,12 +4,15 @@ For z with independent entries of mean zero and variance one, E[z zᵀ] = I. So 
 the trace of A as its mean, z ∘ A z the diagonal and ‖A z‖² the squared Frobenius norm.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from basinax.landscape._vectors import (
@@ -18,6 +21,7 @@ from basinax.landscape._vectors import (
     check_vector,
     inner,
     norm,
+    placement,
     random_bits,
     wide_dtype,
 )
@@ -37,12 +41,19 @@ class Estimate(NamedTuple):
     standard_error: Float[Array, ""] | PyTree
 
 
-@jax.jit
-def _signs(bits: PyTree, like: PyTree) -> PyTree:
-    """Turn random integers into ±1 in the dtypes of the parameters."""
-    return jax.tree.map(
-        lambda b, x: 1 - 2 * (b & 1).astype(jnp.result_type(x)), bits, like
-    )
+@functools.cache
+def _signs_at(place: Sharding | None) -> Callable[..., Array]:
+    def draw(
+        key: PRNGKeyArray, index: Array, leaf: Array, shape: tuple[int, ...], dtype: str
+    ) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(key, index), leaf)
+        count = math.prod(shape)
+        # A sign is one bit; the generator is what costs, so all of a word are used.
+        words = jax.random.bits(key, (-(-count // 32), 1), jnp.uint32)
+        bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+        return 1 - 2 * bits.ravel()[:count].reshape(shape).astype(dtype)
+
+    return jax.jit(draw, static_argnames=("shape", "dtype"), out_shardings=place)
 
 
 @jax.jit
@@ -58,8 +69,17 @@ def _uniform(bits: PyTree, like: PyTree) -> PyTree:
 
 
 def signs(key: PRNGKeyArray, index: int, like: PyTree) -> PyTree:
-    """Draw ±1 per number: of all probes, those of least variance."""
-    return _signs(random_bits(jax.random.fold_in(key, index), like), like)
+    """Draw ±1 per number: of all probes, those of least variance.
+
+    One compiled call per leaf, which leaves of equal shape share; see `random_bits`.
+    """
+    leaves, treedef = jax.tree.flatten(like)
+    return treedef.unflatten(
+        _signs_at(placement(leaf))(
+            key, index, number, shape=jnp.shape(leaf), dtype=str(jnp.result_type(leaf))
+        )
+        for number, leaf in enumerate(leaves)
+    )
 
 
 def uniform(key: PRNGKeyArray, index: int, like: PyTree) -> PyTree:

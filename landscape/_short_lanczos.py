@@ -1,10 +1,11 @@
 """A few Lanczos steps inside a compiled program, for monitors.
 
-The same fully reorthogonalised steps as in `eigenpairs`, but in one `lax` loop, with
-the projected matrix T solved in the graph. A monitor calls this inside a jitted and
-perhaps vmapped training step, where a LAPACK routine may deadlock on CPU; products of
-small matrices cannot. So the wanted eigenvector of T is read off a high power of the
-shifted and scaled matrix
+Steps as in `eigenpairs`, but in one `lax` loop, with the projected matrix T solved in
+the graph. The basis is so small that, once the component along the last vector is out,
+one pass over all of it, vacant slots being zero, costs less than finding out what can
+be left out. A monitor calls this inside a jitted and perhaps vmapped training step,
+where a LAPACK routine may deadlock on CPU; products of small matrices cannot. So the
+wanted eigenvector of T is read off a high power of the shifted and scaled matrix
 
     S = (T - low I) / tr(T - low I),   S^(2^24) -> s sᵀ,
 
@@ -21,10 +22,24 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from basinax.landscape._lanczos import absorb, combine, extend
-from basinax.landscape._vectors import check_vector, size, wide_dtype
+from basinax.landscape._lanczos import (
+    BREAKDOWN,
+    combine,
+    components,
+    rounding_unit,
+    take,
+)
+from basinax.landscape._vectors import (
+    check_same,
+    check_vector,
+    inner,
+    norm,
+    size,
+    widen,
+)
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _SQUARINGS = 24
@@ -71,6 +86,32 @@ def _top(
     return value * unit, s, rest * unit
 
 
+def _write(
+    basis: PyTree, vector: PyTree, length: Float[Array, ""], index: Array | int
+) -> PyTree:
+    """Write the unit vector to a slot, or zero where the length is zero."""
+    divisor = jnp.where(length > 0, length, 1)
+
+    def write(rows: Array, x: Array) -> Array:
+        unit = jnp.where(length > 0, x / divisor.astype(x.dtype), 0)
+        return jax.lax.dynamic_update_index_in_dim(rows, unit, index, 0)
+
+    return jax.tree.map(write, basis, vector)
+
+
+def _orthogonal(basis: PyTree, vector: PyTree) -> tuple[PyTree, Float[Array, "slots"]]:
+    """Subtract V (Vᵀ w); return what is left and Vᵀ w."""
+    found = components(basis, vector)
+    rest = jax.tree.map(
+        lambda rows, x: (
+            x - jnp.tensordot(found.astype(x.dtype), rows, 1, precision=_HIGHEST)
+        ),
+        basis,
+        vector,
+    )
+    return rest, found
+
+
 def short_lanczos(
     operator: Callable[[PyTree], PyTree],
     start: PyTree,
@@ -106,21 +147,31 @@ def short_lanczos(
         raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
     check_vector(start, "start")
     steps = min(num_steps, size(start))
-    basis = jax.tree.map(
-        lambda leaf: jnp.stack([jnp.zeros_like(leaf, wide_dtype(leaf))] * (steps + 1)),
-        start,
-    )
-    basis, vector, _, length = absorb(basis, start, start, 0)
+    wide = widen(start)
+    length = norm(wide)
+    empty = jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x)] * (steps + 1)), wide)
+    basis = _write(empty, wide, length, 0)
     coefficients = jnp.zeros((steps, 2), length.dtype)
 
     def step(index: Array, state: tuple) -> tuple:
-        basis, vector, scale, coefficients = state
-        found = extend(basis, start, operator(vector), index, scale)
-        coefficients = coefficients.at[index].set(found.coefficients)
-        return found.basis, found.vector, found.scale, coefficients
+        basis, scale, coefficients = state
+        vector = take(basis, index)
+        product = operator(optax.tree.cast_like(vector, start))
+        check_same(product, start, "the operator's result")
+        alpha = inner(vector, product)
+        rest = jax.tree.map(
+            lambda w, v: w - alpha.astype(w.dtype) * v, widen(product), vector
+        )
+        rest, found = _orthogonal(basis, rest)
+        beta, alpha = norm(rest), alpha + found[index]
+        scale = jnp.max(jnp.stack([scale, jnp.abs(alpha), beta]))
+        # Compared before anything is divided; NaN compares false and is passed on.
+        beta = jnp.where(beta <= BREAKDOWN * rounding_unit(basis) * scale, 0, beta)
+        coefficients = coefficients.at[index].set(jnp.stack([alpha, beta]))
+        return _write(basis, rest, beta, index + 1), scale, coefficients
 
-    state = (basis, vector, jnp.zeros_like(length), coefficients)
-    basis, _, _, coefficients = jax.lax.fori_loop(0, steps, step, state)
+    state = (basis, jnp.zeros_like(length), coefficients)
+    basis, _, coefficients = jax.lax.fori_loop(0, steps, step, state)
     alphas, betas = coefficients.T
     # Slot j is live while no earlier β vanished; NaN counts as live and is passed on.
     alive = jnp.cumprod(jnp.where(betas[:-1] == 0, 0, 1))

@@ -39,9 +39,14 @@ __all__ = [
 
 Preconditioner = Callable[[Observation], PyTree]
 
-# Share of a fixed pattern in the start, without which an exact eigenvector would stay
-# one when another eigenvalue overtakes its own.
+# What the start of `lambda_max` mixes in. Eigenvalues overtake one another from batch
+# to batch, and an eigenvector of one batch alone would be followed after it has ceased
+# to lead. The gradient costs nothing and lies mostly along the leading eigenvectors of
+# its own batch; the pattern of signs helps where it does not.
+_GRADIENT = 1.0
 _NOISE = 0.01
+# Rounds of the first measurement, which has no eigenvector to start from.
+_COLD_ROUNDS = 3
 
 
 class Leading(NamedTuple):
@@ -78,10 +83,10 @@ def lambda_max(
     """Measure the largest eigenvalue of the Hessian, the sharpness.
 
     Rounds of a few Lanczos steps, the first from the leading eigenvector of the
-    previous measurement, which is kept in the state; one round usually does. The very
-    first measurement, and the first after a NaN, starts from a fixed pattern of signs.
-    `update` needs `params` and `value_fn`. The residual can be read as
-    `optax.tree.get(state, "residual")`.
+    previous measurement, which is kept in the state, and the gradient; one round
+    usually does. The very first measurement, and the first after a NaN, has a fixed
+    pattern of signs in place of the eigenvector. `update` needs `params` and
+    `value_fn`. The residual can be read as `optax.tree.get(state, "residual")`.
 
     On CPU a model with convolutions is slow here, because XLA runs them some 30 times
     slower inside loops; use `eigenpairs` between steps.
@@ -90,7 +95,8 @@ def lambda_max(
         num_steps: products per round; one more vector than that is held.
         tol: residual, relative to the eigenvalue, at which rounds end. The error of the
             eigenvalue is of the order of its square, where the eigenvalue stands alone.
-        max_rounds: most rounds per measurement.
+        max_rounds: most rounds per measurement. The first measurement takes three,
+            or as many as are allowed.
         preconditioner: function of an `Observation` that returns a positive tree D like
             the parameters; the eigenvalue is then that of D^(-1/2) H D^(-1/2). For Adam
             hand the optimizer's state to `update` as a further argument:
@@ -117,21 +123,29 @@ def lambda_max(
         return Leading(_wide_zeros(params), jnp.zeros((), jnp.float32))
 
     def evaluate(memory: Leading, seen: Observation) -> tuple[Leading, Array]:
-        operator = _curvature(seen)
+        gradient, operator = _curvature(seen)
         if preconditioner is not None:
-            operator = preconditioned(operator, preconditioner(seen))
+            diagonal = preconditioner(seen)
+            operator = preconditioned(operator, diagonal)
+            gradient = jax.tree.map(lambda g, d: g / jnp.sqrt(d), gradient, diagonal)
+        signs = signs_like(memory.vector)
+        share = size(signs) ** -0.5  # makes a unit vector of them
         warm = norm(memory.vector) > 0  # neither zero, as at first, nor NaN
-        share = _NOISE / size(memory.vector) ** 0.5
         start = jax.tree.map(
-            lambda v, s: jnp.where(warm, v + share * s, s),
+            lambda v, g, s: (
+                jnp.where(warm, v + _NOISE * share * s, share * s) + _GRADIENT * g
+            ),
             memory.vector,
-            signs_like(memory.vector),
+            unit(_like(gradient, signs)),
+            signs,
         )
+
+        least = jnp.where(warm, 1, min(_COLD_ROUNDS, max_rounds))
 
         def unfinished(carry: tuple) -> Array:
             rounds, _, value, residual = carry
             open_ = (rounds < max_rounds) & (residual > tol * jnp.abs(value))
-            return (rounds == 0) | open_  # and a NaN ends it
+            return (rounds < least) | open_  # and a NaN ends it
 
         def lanczos(carry: tuple) -> tuple:
             found = short_lanczos(operator, carry[1], num_steps)
@@ -225,7 +239,7 @@ def hessian_trace(num_probes: int = 4, *, seed: int = 0) -> Metric:
 
     def evaluate(memory: Probed, seen: Observation) -> tuple[Probed, Array]:
         del memory
-        operator = _curvature(seen)
+        _, operator = _curvature(seen)
         like = _wide_zeros(seen.params)
 
         def probe(index: Array) -> Array:
@@ -322,8 +336,8 @@ def _params(seen: Observation) -> PyTree:
     return seen.params
 
 
-def _curvature(seen: Observation) -> Callable[[PyTree], PyTree]:
-    """Return v -> H v of the loss that `update` was given."""
+def _curvature(seen: Observation) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """Return the gradient of the loss that `update` was given, and v -> H v."""
     params, value_fn = _params(seen), seen.extra.get("value_fn")
     if value_fn is None:
         raise ValueError(
@@ -332,8 +346,8 @@ def _curvature(seen: Observation) -> Callable[[PyTree], PyTree]:
         )
     check_vector(params, "params")
     gradient = jax.grad(lambda p: scalar(value_fn(p), "value_fn"))
-    _, product = jax.linearize(gradient, params)
-    return Partial(_product, product, params)
+    value, product = jax.linearize(gradient, params)
+    return value, Partial(_product, product, params)
 
 
 def _product(

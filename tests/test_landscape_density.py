@@ -238,7 +238,7 @@ def test_float64_and_low_precision(x64):
 
 def test_moments_of_the_spectrum():
     values = outliers(SIZE)
-    found = density_of(values, probes=12, steps=15)
+    found = density_of(values, probes=30, steps=15)
     for function in (np.square, np.abs, lambda t: t):
         mean = spectral_mean(function, found)
         error = abs(mean.value - np.mean(function(values)))
@@ -321,7 +321,7 @@ def test_literal_negativity_depends_on_the_steps():
     """It counts nodes; the default form integrates over the density."""
     values = outliers(300)
     exact = np.sum(np.sqrt(-values[values < 0])) / np.sum(np.sqrt(values[values > 0]))
-    few, many = (density_of(values, probes=4, steps=steps) for steps in (15, 60))
+    few, many = (density_of(values, probes=12, steps=steps) for steps in (15, 60))
     literal = [negativity_ratio(x, literal=True).value for x in (few, many)]
     assert literal[1] > 1.4 * literal[0]
     for found in (few, many):
