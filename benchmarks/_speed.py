@@ -10,10 +10,15 @@ from rich.console import Console
 from basinax.benchmarks import (
     _speed_clip,
     _speed_losses,
+    _speed_monitor,
+    _speed_nexus,
     _speed_peers,
     _speed_products,
     _speed_projection,
+    _speed_sam,
+    _speed_samo,
     _speed_spectra,
+    _speed_weightings,
 )
 from basinax.benchmarks._results import SCHEMA, environment, write_json
 from basinax.benchmarks._table import Table, show
@@ -57,15 +62,40 @@ PARTS: dict[str, Part] = {
         lambda s: _speed_projection.measure(rounds=s.rounds),
         lambda rows, s: _speed_projection.table(rows, s.rounds),
     ),
+    "monitor": Part(
+        "training with a monitor of the sharpness against training without",
+        lambda s: _speed_monitor.measure(rounds=s.rounds),
+        lambda rows, s: _speed_monitor.table(rows, s.rounds),
+    ),
+    "nexus": Part(
+        "gradients by nexus against accumulation",
+        lambda s: _speed_nexus.measure(rounds=s.rounds),
+        lambda rows, s: _speed_nexus.table(rows, s.rounds),
+    ),
     "products": Part(
         "products with curvature operators, in gradients",
         lambda s: _speed_products.measure_products(s.rounds),
         lambda rows, s: _speed_products.table(rows, s.rounds),
     ),
+    "sam": Part(
+        "SGD behind sam against SGD alone",
+        lambda s: _speed_sam.measure(rounds=s.rounds),
+        lambda rows, s: _speed_sam.table(rows, s.rounds),
+    ),
+    "samo": Part(
+        "gradients of several tasks against the passes they are made of",
+        lambda s: _speed_samo.measure(rounds=s.rounds),
+        lambda rows, s: _speed_samo.table(rows, s.rounds),
+    ),
     "spectra": Part(
         "eigenpairs, trace and density, in gradients",
         lambda s: _speed_spectra.measure(s.rounds),
         lambda rows, s: _speed_spectra.table(rows, s.rounds),
+    ),
+    "weightings": Part(
+        "task weightings on eight and forty tasks, in milliseconds",
+        lambda s: _speed_weightings.measure(rounds=s.rounds),
+        lambda rows, s: _speed_weightings.table(rows, s.rounds),
     ),
     "peers": Part(
         "the landscape against PyTorch's tools (only by name, six minutes)",

@@ -55,6 +55,8 @@ class Case(NamedTuple):
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32", "float64")
     stacked: bool = False
     reaches_every_point: bool = True
+    uses_gradients: bool = True
+    like: str = ""
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -130,11 +132,12 @@ def zeros(tree: Tree) -> Tree:
 
 def quadratic(params: Tree) -> jax.Array:
     """Half the squared distance of every leaf from one: a loss for any tree."""
-    leaves = jax.tree.leaves(params)
-    return sum(
-        (0.5 * jnp.sum(jnp.square(leaf.astype(jnp.float32) - 1.0)) for leaf in leaves),
-        start=jnp.float32(0.0),
-    )
+
+    def of_leaf(leaf: jax.Array) -> jax.Array:
+        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        return 0.5 * jnp.sum(jnp.square(wide - 1.0))
+
+    return sum(map(of_leaf, jax.tree.leaves(params)), start=jnp.float32(0.0))
 
 
 # --- comparisons ---------------------------------------------------------------------

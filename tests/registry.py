@@ -29,7 +29,7 @@ def most(params):
     return jax.tree_util.tree_map_with_path(keep, params)
 
 
-def clip(name, make=bx.spectral_clip, stacked=False, **options):
+def clip(name, make=bx.spectral_clip, stacked=False, like="", **options):
     """Return the case of a bare clip; thresholds of the order of the sample's norms."""
     return Case(
         name,
@@ -38,11 +38,12 @@ def clip(name, make=bx.spectral_clip, stacked=False, **options):
         hyperparameters={"threshold": 0.6},
         schedules=THRESHOLD,
         stacked=stacked,
+        like=like,
     )
 
 
 def spectra(
-    name, make, learning_rate=0.3, stacked=False, hyperparameters=(), **options
+    name, make, learning_rate=0.3, stacked=False, hyperparameters=(), like="", **options
 ):
     """Return the case of a full optimizer with spectral clipping."""
     return Case(
@@ -56,22 +57,73 @@ def spectra(
         schedules=RATE + THRESHOLD,
         static_args=("warmup_steps",),
         stacked=stacked,
+        like=like,
     )
+
+
+def stacked(make):
+    """Put a stack of two tasks, whose gradients are g and 2g, before an aggregation."""
+
+    @functools.wraps(make)
+    def build(**options):
+        stack = lambda u, _: jax.tree.map(lambda x: jnp.stack([x, 2 * x]), u)  # noqa: E731
+        return optax.chain(optax.stateless(stack), make(**options))
+
+    return build
+
+
+AGGREGATE_STATIC = ("weighting", "num_tasks", "normalize", "mask", "key")
+SAMO_STATIC = ("weighting", "num_tasks", "key", "num_samples", "owner")
+TASK_LOSSES = {"losses": jnp.array([0.5, 1.5])}
+
+
+def two_losses(loss_fn):
+    """Make two task losses of one."""
+
+    def value_fn(params):
+        loss = loss_fn(params)
+        return jnp.stack([loss, 2 * loss])
+
+    return {"value_fn": value_fn}
+
+
+def two_microbatches(loss_fn):
+    """Make a loss that scales with its micro-batch, and two of them."""
+    return {
+        "value_fn": lambda params, scale: scale * loss_fn(params),
+        "microbatches": jnp.array([1.0, 2.0]),
+    }
+
+
+def nexus_multi_steps(learning_rate=0.1, inner_learning_rate=0.01):
+    """Wrap an optimizer, whose learning rate the checks can then set."""
+    return bx.nexus_multi_steps(
+        optax.sgd(learning_rate), inner_learning_rate, every_k=1
+    )
+
+
+def reptile(learning_rate=0.1, inner_learning_rate=0.1):
+    """Call the interpolation what the checks call it."""
+    return bx.reptile(inner_learning_rate, learning_rate)
 
 
 CASES = (
     clip("spectral_clip[eigh]", method="eigh"),
     clip("spectral_clip[polynomial]", method="polynomial"),
-    clip("spectral_clip[newton_schulz]", method="newton_schulz"),
+    clip(
+        "spectral_clip[newton_schulz]",
+        method="newton_schulz",
+        like="spectral_clip[eigh]",
+    ),
     clip("spectral_clip[hard]", kind="hard"),
-    clip("spectral_clip[normalize]", kind="normalize"),
+    clip("spectral_clip[normalize]", kind="normalize", like="spectral_clip[eigh]"),
     clip(
         "spectral_clip[stacks]",
         dimension_numbers=MATRICES,
         vectors="reference",
         stacked=True,
     ),
-    clip("pre_spectral_clip", bx.pre_spectral_clip),
+    clip("pre_spectral_clip", bx.pre_spectral_clip, like="spectral_clip[eigh]"),
     Case(
         "scale_by_mars",
         bx.scale_by_mars,
@@ -82,11 +134,18 @@ CASES = (
     # These share the kernels above: one of them with the default, the others with
     # what compiles fast.
     spectra(
-        "spectra", functools.partial(bx.spectra, optax.scale_by_rms()), kind="hard"
+        "spectra",
+        functools.partial(bx.spectra, optax.scale_by_rms()),
+        kind="hard",
+        like="spectra_adamw",
     ),
     spectra("spectra_adamw", bx.spectra_adamw, hyperparameters={"b1": 0.8}),
     spectra(
-        "spectra_signum", bx.spectra_signum, hyperparameters={"beta": 0.8}, kind="hard"
+        "spectra_signum",
+        bx.spectra_signum,
+        hyperparameters={"beta": 0.8},
+        kind="hard",
+        like="spectra_adamw",
     ),
     spectra(
         "spectra_ademamix",
@@ -165,6 +224,7 @@ CASES = (
         hyperparameters={"max_rescale": 1.1},
         static_args=("min_size",),
         reaches_every_point=False,
+        like="perp_grad",
     ),
     Case(
         "perp_sgd",
@@ -173,6 +233,7 @@ CASES = (
         schedules=RATE,
         static_args=("min_size",),
         reaches_every_point=False,
+        like="perp_adamw",
     ),
     Case(
         "perp_adamw",
@@ -182,5 +243,99 @@ CASES = (
         schedules=RATE,
         static_args=("min_size",),
         reaches_every_point=False,
+    ),
+    Case(
+        "sam",
+        functools.partial(bx.sam, rho=0.05),
+        is_optimizer=False,
+        hyperparameters={"rho": 0.2},
+        schedules=("rho",),
+        static_args=("mask", "unscaled"),
+        extra_args=lambda loss_fn: {"value_fn": loss_fn},
+    ),
+    Case(
+        "asam",
+        functools.partial(bx.asam, rho=0.05),
+        is_optimizer=False,
+        hyperparameters={"rho": 0.2, "eta": 0.1},
+        schedules=("rho",),
+        static_args=("mask", "unscaled"),
+        extra_args=lambda loss_fn: {"value_fn": loss_fn},
+        like="sam",
+    ),
+    Case(
+        "aggregate[mgda]",
+        functools.partial(stacked(bx.aggregate), weighting=bx.mgda_weights),
+        is_optimizer=False,
+        static_args=AGGREGATE_STATIC,
+        stacked=True,
+    ),
+    Case(
+        "aggregate[famo]",
+        functools.partial(
+            stacked(bx.aggregate), weighting=bx.famo(), num_tasks=2, normalize="l2"
+        ),
+        is_optimizer=False,
+        learning_rate=1.0,  # normalised gradients
+        static_args=AGGREGATE_STATIC,
+        extra_args=lambda _: TASK_LOSSES,
+    ),
+    Case(
+        "aggregate[random]",
+        functools.partial(
+            stacked(bx.aggregate), weighting=bx.random_weights(), num_tasks=2, key=0
+        ),
+        is_optimizer=False,
+        static_args=AGGREGATE_STATIC,
+        stacked=True,
+        like="aggregate[mgda]",
+    ),
+    Case(
+        "grad_drop_aggregate",
+        functools.partial(stacked(bx.grad_drop_aggregate), key=0, leak=0.1),
+        is_optimizer=False,
+        learning_rate=0.1,  # the sum of both
+        hyperparameters={"leak": 0.5},
+        static_args=("mask", "key"),
+        stacked=True,
+    ),
+    # With random directions, a step takes seven times as long to compile; their tests
+    # have a file of their own.
+    Case(
+        "samo[exact]",
+        functools.partial(bx.samo, weighting=bx.mean_weights, rho=0.05, local="exact"),
+        is_optimizer=False,
+        hyperparameters={"rho": 0.2, "alpha": 0.3},
+        schedules=("rho",),
+        static_args=SAMO_STATIC,
+        extra_args=two_losses,
+    ),
+    Case(
+        "nexus",
+        functools.partial(bx.nexus, inner_learning_rate=0.01),
+        is_optimizer=False,
+        learning_rate=1.0,  # normalised gradients
+        hyperparameters={"inner_learning_rate": 0.1},
+        schedules=("inner_learning_rate",),
+        static_args=("normalize", "reduce", "axis_name", "unroll", "eps"),
+        extra_args=two_microbatches,
+        uses_gradients=False,
+    ),
+    Case(
+        "nexus_multi_steps",
+        nexus_multi_steps,
+        learning_rate=1.0,
+        hyperparameters={"learning_rate": 0.05, "inner_learning_rate": 0.1},
+        schedules=("inner_learning_rate",),
+    ),
+    Case(
+        "reptile",
+        reptile,
+        learning_rate=1.0,
+        hyperparameters={"learning_rate": 0.05, "inner_learning_rate": 0.2},
+        schedules=("learning_rate", "inner_learning_rate"),
+        extra_args=two_microbatches,
+        uses_gradients=False,
+        like="nexus",
     ),
 )

@@ -15,6 +15,8 @@ from basinax.benchmarks import (
     _figures,
     _results,
     _speed_clip,
+    _speed_monitor,
+    _speed_nexus,
     _speed_projection,
     _table,
     main,
@@ -150,7 +152,7 @@ def test_ctrl_c_before_anything_is_finished(tmp_path, monkeypatch):
         ("compare --seeds 0", "needs at least 1"),
         ("compare --grid 9", "1 to 5"),
         ("claims nothing", "valid names: spectra"),
-        ("speed everything", "valid names: clip, losses, projection, products"),
+        ("speed everything", "valid names: clip, losses, projection, monitor, nexus"),
         ("speed --methods magic", "valid names: auto, eigh"),
         ("speed --shapes 3by4", "ROWSxCOLUMNS"),
         ("speed --logits 3by4", "--logits '3by4': write"),
@@ -217,6 +219,31 @@ def test_speed_of_the_projection():
     assert all(row["ratio"] > 0 for row in rows)
     text = str(_speed_projection.table(rows, rounds=2))
     assert "near parallel" in text
+
+
+def test_speed_of_the_monitor():
+    """Both columns come from training; a measurement is close to the eigenvalue."""
+    (row,) = _speed_monitor.measure((16,), rounds=1, steps=100, measurements=1)
+    assert row["cost"] > -1
+    assert row["within"] == row["measurements"] == 1
+    assert row["largest_error"] < 0.05
+    assert "1 of 1" in str(_speed_monitor.table([row], rounds=1))
+
+
+def test_speed_of_nexus():
+    rows = _speed_nexus.measure((4,), (3, 5, 2), microbatches=2, rounds=2)
+    assert [row["gradient"] for row in rows] == list(_speed_nexus.contestants())
+    assert rows[0]["ratio"] == rows[0]["fastest_ratio"] == 1
+    assert all(row["copies"] > 0 for row in rows)
+    # What is timed is the same gradient where nothing is walked or normalised.
+    rng = np.random.default_rng(0)
+    params = [np.float32(rng.normal(size=(3, 2)))]
+    data = np.float32(rng.normal(size=(2, 4, 3))), rng.integers(0, 2, (2, 4))
+    raw = _speed_nexus.contestants()["raw"]
+    _, expected = _speed_nexus.accumulate(params, data)
+    _, found = raw(params, data, inner_learning_rate=0.0)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    assert "over accumulation" in str(_speed_nexus.table(rows, rounds=2))
 
 
 def test_speed_reference_is_the_definition():
