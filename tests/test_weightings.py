@@ -5,143 +5,33 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
-from beartype import beartype
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
+from weighting_cases import (
+    EVERY,
+    JACOBIANS,
+    NON_CONFLICTING,
+    ORDER,
+    POWERS,
+    UNIQUE,
+    WEIGHTINGS,
+    assert_conflict_averse,
+    assert_equal_projections,
+    assert_fair,
+    assert_finite,
+    assert_in_simplex,
+    assert_non_conflicting,
+    assert_same_update,
+    assert_shortest,
+    gram,
+    size,
+    weigh,
+)
 
 from basinax import optimizers as bx
-from basinax.benchmarks import _speed_weightings
-
-ORDER = np.array([[1, 2, 3], [3, 2, 0], [0, 3, 1], [2, 0, 1]])
-WEIGHTINGS = {
-    "mean": bx.mean_weights,
-    "mgda": bx.mgda_weights,
-    "pcgrad": functools.partial(bx.pcgrad_weights, order=ORDER),
-    "cagrad": bx.cagrad_weights,
-    "cagrad1.5": functools.partial(bx.cagrad_weights, c=1.5),
-    "imtl_g": bx.imtl_g_weights,
-    "nash": bx.nash_weights,
-    "fairgrad": bx.fairgrad_weights,
-    "fairgrad0.5": functools.partial(bx.fairgrad_weights, alpha=0.5),
-    "upgrad": bx.upgrad_weights,
-    "aligned_mtl": bx.aligned_mtl_weights,
-}
-EVERY = pytest.mark.parametrize("name", WEIGHTINGS)
-NON_CONFLICTING = ["mgda", "cagrad1.5", "nash", "fairgrad", "fairgrad0.5", "upgrad"]
-POWERS = {"nash": -1 / 2, "fairgrad": -2 / 3, "fairgrad0.5": -1 / 3}
-"""w(sG) = s^p w(G); p = 0 unless listed."""
-
-
-def jacobians():
-    """Return task gradients of four tasks, usual and degenerate."""
-    rng = np.random.default_rng(0)
-    draw = rng.standard_normal
-    wide = draw((4, 7))
-    return {
-        "random": wide,
-        "aligned": wide + 3 * draw((1, 7)),
-        "conflicting": wide - 0.9 * wide.mean(0),
-        "scales": wide * np.array([[1e-3], [1.0], [30.0], [1e2]]),
-        "dominated": np.array([[1, 0, 0], [5, 1, 0], [9, 0, 2], [7, 1, 1.0]]),
-        "orthogonal": np.diag([1.0, 2, 3, 4]),
-        "duplicated": wide[[0, 1, 0, 1]],
-        "nearly duplicated": wide[[0, 1, 0, 1]] + 1e-6 * draw((4, 7)),
-        "identical": wide[[0, 0, 0, 0]],
-        "rank two": draw((4, 2)) + np.array([[2.0, 0.0]]),
-        "stationary": np.array([[1, 0], [-1, 1], [0, -1], [-1, -1.0]]),
-        "opposite": np.array([[1, 2], [-1, -2], [2, 4], [-2, -4.0]]),
-        "one zero": wide * np.array([[1.0], [0.0], [1.0], [1.0]]),
-        "all zero": np.zeros((4, 3)),
-    }
-
-
-JACOBIANS = jacobians()
-UNIQUE = ["random", "aligned", "conflicting", "scales", "dominated", "orthogonal"]
-
-
-def gram(jacobian, dtype=np.float64):
-    return jnp.asarray(jacobian @ jacobian.T, dtype)
-
-
-def weigh(name, jacobian, dtype=np.float64):
-    """Return weights in float64, checked for shape and dtype."""
-    weights = WEIGHTINGS[name](gram(jacobian, dtype))
-    assert weights.shape == (len(jacobian),)
-    assert weights.dtype == dtype
-    return np.asarray(weights, np.float64)
-
-
-def size(weights, jacobian):
-    """Bound the length of the update by the triangle inequality."""
-    return np.abs(weights) @ np.linalg.norm(jacobian, axis=1)
-
-
-def assert_finite(weights):
-    assert np.isfinite(weights).all(), weights
-
-
-def assert_same_update(actual, expected, jacobian, rtol):
-    """Weights need not be unique where gradients depend on each other; updates are."""
-    error = np.linalg.norm((actual - expected) @ jacobian)
-    assert error <= rtol * max(size(actual, jacobian), size(expected, jacobian))
-
-
-def assert_non_conflicting(weights, jacobian, rtol):
-    rates = jacobian @ (weights @ jacobian)
-    norms = np.linalg.norm(jacobian, axis=1)
-    assert (rates >= -rtol * size(weights, jacobian) * norms).all(), rates
-
-
-def assert_in_simplex(weights, rtol):
-    assert (weights >= 0).all()
-    assert abs(weights.sum() - 1) <= rtol
-
-
-def assert_shortest(weights, jacobian, rtol):
-    """(Gw)_t ≥ wᵀGw for all t is necessary and sufficient."""
-    rates = jacobian @ (weights @ jacobian)
-    norms = np.linalg.norm(jacobian, axis=1)
-    length = size(weights, jacobian)
-    slack = rtol * length * (norms + length) + (1e-14 * norms.max()) ** 2
-    assert (rates >= weights @ rates - slack).all(), rates
-
-
-def assert_fair(weights, jacobian, alpha, rtol):
-    rates = jacobian @ (weights @ jacobian)
-    expected = weights ** (-1 / alpha)
-    # A rate is a difference, known to a rounding error of its terms.
-    slack = 1e-14 * size(weights, jacobian) * np.linalg.norm(jacobian, axis=1)
-    assert (np.abs(rates - expected) <= rtol * expected + slack).all()
-
-
-def assert_equal_projections(weights, jacobian, rtol):
-    units = jacobian / np.linalg.norm(jacobian, axis=1, keepdims=True)
-    projections = units @ (weights @ jacobian)
-    slack = rtol * size(weights, jacobian)
-    np.testing.assert_allclose(projections, projections.mean(), rtol=0, atol=slack)
-
-
-def assert_conflict_averse(weights, jacobian, c, rtol):
-    """The update is in the ball, and a bound shows that no point there does better.
-
-    For every w in the simplex and d in the ball min_t ⟨g_t, d⟩ ≤ ⟨g_w, d⟩ ≤ ⟨g_w, g₀⟩ +
-    c‖g₀‖‖g_w‖, and w can be read off the weights.
-    """
-    weights = weights * (1 + c**2)
-    update, mean = weights @ jacobian, jacobian.mean(0)
-    radius = c * np.linalg.norm(mean)
-    slack = rtol * (np.linalg.norm(mean) + size(weights, jacobian))
-    assert np.linalg.norm(update - mean) <= radius + slack
-    w = weights - 1 / len(weights)
-    assert (w >= -1e-15).all()
-    w = w / w.sum()
-    bound = (w @ jacobian) @ mean + radius * np.linalg.norm(w @ jacobian)
-    longest = np.linalg.norm(jacobian, axis=1).max()
-    assert (jacobian @ update).min() >= bound - slack * longest
 
 
 @pytest.mark.usefixtures("x64")
@@ -394,147 +284,3 @@ def shortest_by_enumeration(jacobian):
             if feasible and (best is None or w @ g @ w < best @ g @ best):
                 best = w
     return best
-
-
-@EVERY
-def test_single_precision(name):
-    """Gradients of condition up to ten lose that factor, and T, of the digits."""
-    for label in ("random", "aligned", "dominated", "orthogonal"):
-        jacobian = JACOBIANS[label].astype(np.float32).astype(np.float64)
-        with jax.enable_x64(True):
-            expected = weigh(name, jacobian)
-        weights = weigh(name, jacobian, np.float32)
-        condition = np.linalg.cond(jacobian @ jacobian.T)
-        rtol = 4 * np.finfo(np.float32).eps * max(condition, 30)
-        atol = rtol * np.abs(expected).max()
-        np.testing.assert_allclose(weights, expected, rtol=0, atol=atol, err_msg=label)
-
-
-@EVERY
-def test_float32_stays_finite(name):
-    for jacobian in JACOBIANS.values():
-        assert_finite(weigh(name, jacobian, np.float32))
-    base = JACOBIANS["random"] @ JACOBIANS["random"].T
-    for factors in ([1e-15] * 4, [1e15] * 4, [1e15, 1e-15, 1.0, 1e-5]):
-        factors = np.array(factors)
-        g = jnp.asarray(base * factors[:, None] * factors[None, :], np.float32)
-        weights = np.asarray(WEIGHTINGS[name](g))
-        assert_finite(weights)
-        assert np.any(weights != 0)
-    for bad in (np.nan, np.inf):
-        g = gram(JACOBIANS["random"], np.float32).at[1, 2].set(bad)
-        assert np.isnan(WEIGHTINGS[name](g)).all()
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, jnp.bfloat16) for name in WEIGHTINGS] + [("nash", jnp.float16)],
-)
-def test_dtype_is_kept(name, dtype):
-    weights = WEIGHTINGS[name](gram(JACOBIANS["random"], np.float32).astype(dtype))
-    assert weights.dtype == dtype
-    assert_finite(weights.astype(np.float32))
-
-
-@EVERY
-def test_one_task(name):
-    weighting = WEIGHTINGS[name]
-    if name == "pcgrad":
-        weighting = functools.partial(bx.pcgrad_weights, key=jax.random.key(0))
-    weights = weighting(jnp.full((1, 1), 4.0))
-    c = {"cagrad": 0.4, "cagrad1.5": 1.5}.get(name, 0)
-    expected = 4 ** POWERS.get(name, 0) * (1 + c) / (1 + c**2)
-    np.testing.assert_allclose(weights, [expected], rtol=1e-5)
-
-
-@EVERY
-def test_batches_equal_single_calls(name):
-    labels = ("random", "stationary", "identical", "all zero")
-    stack = jnp.stack([gram(JACOBIANS[label], np.float32) for label in labels])
-    together = jax.jit(jax.vmap(WEIGHTINGS[name]))(stack)
-    for label, g, weights in zip(labels, stack, together, strict=True):
-        expected = np.asarray(WEIGHTINGS[name](g), np.float64)
-        weights = np.asarray(weights, np.float64)
-        # Batched factorizations round differently; 1e-3 of a sum where that matters.
-        rtol = 1e-5 if label == "random" else 2e-3
-        assert_same_update(weights, expected, JACOBIANS[label], rtol)
-        assert_finite(weights)
-
-
-@EVERY
-def test_annotations(name):
-    checked = jaxtyping.jaxtyped(typechecker=beartype)
-    weighting = WEIGHTINGS[name]
-    g = gram(JACOBIANS["random"], np.float32)
-    if isinstance(weighting, functools.partial):
-        options = dict(weighting.keywords)
-        if "order" in options:
-            options["order"] = jnp.asarray(options["order"])
-        checked(weighting.func)(g, **options)
-    else:
-        checked(weighting)(g)
-
-
-@EVERY
-def test_only_gram_matrices(name):
-    weighting = WEIGHTINGS[name]
-    with pytest.raises(ValueError, match=r"\(T, T\) Gram matrix.*\(3, 4\)"):
-        weighting(jnp.ones((3, 4)))
-    with pytest.raises(ValueError, match=r"use jax\.vmap"):
-        weighting(jnp.ones((2, 4, 4)))
-    with pytest.raises(TypeError, match="floating point, got int32"):
-        weighting(jnp.ones((4, 4), jnp.int32))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda g: bx.cagrad_weights(g, -0.1), "c must be finite and >= 0"),
-        (lambda g: bx.cagrad_weights(g, np.inf), "c must be finite"),
-        (lambda g: bx.cagrad_weights(g, rescale=3), "rescale must be 0"),
-        (lambda g: bx.cagrad_weights(g, rescale=True), "rescale must be 0"),
-        (lambda g: bx.fairgrad_weights(g, 0.0), "alpha must be finite and > 0"),
-        (lambda g: bx.fairgrad_weights(g, -1), "alpha must be finite and > 0"),
-        (lambda g: bx.fairgrad_weights(g, np.nan), "alpha must be finite"),
-        (lambda g: bx.upgrad_weights(g, [1.0]), "one number per task, 4"),
-        (lambda g: bx.upgrad_weights(g, [1.0, -1, 0, 0]), "preference must be >= 0"),
-        (bx.pcgrad_weights, "key= or order="),
-        (
-            lambda g: bx.pcgrad_weights(g, ORDER, key=jax.random.key(0)),
-            "key= or order=",
-        ),
-        (lambda g: bx.pcgrad_weights(g, ORDER[:2]), "one row per task"),
-    ],
-)
-def test_wrong_options(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(jnp.eye(4))
-
-
-def test_wrong_types():
-    with pytest.raises(TypeError, match="alpha must be one number"):
-        bx.fairgrad_weights(jnp.eye(4), np.ones(2))
-    with pytest.raises(TypeError, match="alpha must be one number"):
-        bx.fairgrad_weights(jnp.eye(4), "2")
-    with pytest.raises(TypeError, match="order must hold task numbers"):
-        bx.pcgrad_weights(jnp.eye(4), ORDER.astype(float))
-
-
-def test_options_may_be_traced():
-    g = gram(JACOBIANS["random"], np.float32)
-    traced = jax.jit(bx.fairgrad_weights)(g, 2.0)
-    np.testing.assert_allclose(traced, bx.fairgrad_weights(g, 2.0), rtol=1e-5)
-    traced = jax.jit(bx.cagrad_weights)(g, 0.4)
-    np.testing.assert_allclose(traced, bx.cagrad_weights(g, 0.4), rtol=1e-5)
-
-
-def test_speed_part(monkeypatch):
-    names = (_speed_weightings.REFERENCE, "mean", "aligned_mtl")
-    chosen = {name: _speed_weightings.weightings()[name] for name in names}
-    monkeypatch.setattr(_speed_weightings, "weightings", lambda: chosen)
-    rows = _speed_weightings.measure((3,), rounds=2)
-    assert len(rows) == len(names) * len(_speed_weightings.PROBLEMS)
-    assert all(row["milliseconds"] > 0 for row in rows)
-    text = str(_speed_weightings.table(rows, 2))
-    assert "aligned_mtl" in text
-    assert "dependent, T = 3" in text
