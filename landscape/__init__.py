@@ -3,6 +3,9 @@
 from basinax.landscape import metrics, plots
 from basinax.landscape._average_case import average_sharpness
 from basinax.landscape._check_operator import check_operator
+from basinax.landscape._closeness import Closeness, closeness
+from basinax.landscape._closeness_bound import closeness_bound
+from basinax.landscape._coherence import Coherence, coherence
 from basinax.landscape._criteria import extreme_ratio, negativity_ratio
 from basinax.landscape._density import Density, spectral_density, spectral_mean
 from basinax.landscape._diagonal import Moments, diagonal, moments
@@ -11,12 +14,24 @@ from basinax.landscape._epsilon_sharpness import EpsilonSharpness, epsilon_sharp
 from basinax.landscape._fisher import fisher
 from basinax.landscape._flatness import fisher_rao_norm, relative_flatness
 from basinax.landscape._gauss_newton import gauss_newton
+from basinax.landscape._gradient_cosines import GradientCosines, gradient_cosines
+from basinax.landscape._gradient_deviations import (
+    GradientDeviations,
+    gradient_deviations,
+)
+from basinax.landscape._gradient_spectrum import GradientSpectrum, gradient_spectrum
+from basinax.landscape._gradient_variance import GradientVariance, gradient_variance
 from basinax.landscape._monitor import Metric, MonitorState, Observation, monitor
 from basinax.landscape._nlm_alignment import (
     MonitorNLMState,
     NLMAlignment,
     monitor_nlm,
     nlm_alignment,
+)
+from basinax.landscape._noise_scale import (
+    NoiseScale,
+    gradient_noise_scale,
+    noise_scale_from_norms,
 )
 from basinax.landscape._operators import dense, hessian
 from basinax.landscape._over_batches import over_batches
@@ -91,6 +106,23 @@ __all__ = [  # noqa: RUF022
     "monitor_nlm",
     "nlm_alignment",
     "softmax_collapse",
+    # gradient geometry
+    "Closeness",
+    "Coherence",
+    "GradientCosines",
+    "GradientDeviations",
+    "GradientSpectrum",
+    "GradientVariance",
+    "NoiseScale",
+    "closeness",
+    "closeness_bound",
+    "coherence",
+    "gradient_cosines",
+    "gradient_deviations",
+    "gradient_noise_scale",
+    "gradient_spectrum",
+    "gradient_variance",
+    "noise_scale_from_norms",
     # monitors
     "Metric",
     "MonitorState",

@@ -64,9 +64,16 @@ def _unbiased(losses: Float[Array, "N"]) -> Partial:
     return Partial(centre, _share(losses, len(losses) - 1))
 
 
-def _check_batch(
+def check_batch(
     batch: tuple[PyTree, ...], chunk_size: int | None, smallest: int
 ) -> None:
+    """Raise ValueError for examples that cannot be taken apart.
+
+    Args:
+        batch: arguments of the loss after the parameters, with a leading axis each.
+        chunk_size: number of examples to work on at a time, or None.
+        smallest: least number of examples.
+    """
     if type(batch) not in (tuple, list):
         raise ValueError(
             "batch must be a tuple of the arguments of per_example_loss_fn after the "
@@ -132,7 +139,7 @@ def empirical_fisher(
     Reference:
         Kunstner, Balles and Hennig (2019).
     """
-    _check_batch(batch, chunk_size, smallest=1)
+    check_batch(batch, chunk_size, smallest=1)
     losses = Partial(_losses_in_chunks(chunk_size), as_partial(per_example_loss_fn))
     return sandwich(losses, Partial(_mean), params, tuple(batch), linearize)
 
@@ -180,7 +187,7 @@ def gradient_covariance(
         >>> float(gradient_covariance(loss, jnp.array(0.0), (x,))(jnp.array(1.0)))
         4.0
     """
-    _check_batch(batch, chunk_size, smallest=2 if unbiased else 1)
+    check_batch(batch, chunk_size, smallest=2 if unbiased else 1)
     losses = Partial(_losses_in_chunks(chunk_size), as_partial(per_example_loss_fn))
     middle = Partial(_unbiased if unbiased else _biased)
     return sandwich(losses, middle, params, tuple(batch), linearize)
