@@ -6,6 +6,7 @@ whichever way it comes out; nothing is asserted here.
 """
 
 import importlib
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,7 +44,8 @@ class Part(NamedTuple):
     """One experiment of a claim."""
 
     name: str
-    run: Callable[[Say], Finding]
+    run: Callable[..., Finding]
+    """``run(say)``; ``run(say, seeds=...)`` where the number of seeds is open."""
     slow: str = ""
     """How long it takes if it only runs with ``--full``, else empty."""
 
@@ -76,6 +78,14 @@ CLAIMS: dict[str, Claim] = {
     "landscape": Claim(
         "basinax.benchmarks._claims_landscape",
         "Hessian outliers, the edge of stability, sharpness and generalization",
+    ),
+    "samo": Claim(
+        "basinax.benchmarks._claims_samo",
+        "SAM and SAMO flatten minima and help many tasks at once",
+    ),
+    "nexus": Claim(
+        "basinax.benchmarks._claims_nexus",
+        "a walk over micro-batches, gradient agreement and unseen sources",
     ),
 }
 
@@ -113,8 +123,20 @@ def print_finding(name: str, finding: Finding, console: Console) -> None:
         show(finding.table, console)
 
 
+def _seeds(part: Part, number: int | None) -> dict[str, Any]:
+    if number is None or "seeds" not in inspect.signature(part.run).parameters:
+        return {}
+    return {"seeds": tuple(range(number))}
+
+
 def run(
-    names: Sequence[str], out: Path, console: Console, *, full: bool, command: str
+    names: Sequence[str],
+    out: Path,
+    console: Console,
+    *,
+    full: bool,
+    command: str,
+    seeds: int | None = None,
 ) -> dict[str, dict[str, Finding]]:
     """Run the chosen claims; JSON is rewritten after every experiment.
 
@@ -124,6 +146,7 @@ def run(
       console: where verdicts go.
       full: also run the experiments that take minutes.
       command: what the user typed, for the record.
+      seeds: how many, where an experiment leaves it open; None for its own default.
 
     Returns:
       Findings by claim and experiment.
@@ -144,7 +167,7 @@ def run(
                 def say(text: str, title: str = title, status: Any = status) -> None:
                     status.update(f"{title}, {text}")
 
-                findings[part.name] = part.run(say)
+                findings[part.name] = part.run(say, **_seeds(part, seeds))
             seconds[part.name] = time.perf_counter() - began
             print_finding(part.name, findings[part.name], console)
             write_json(

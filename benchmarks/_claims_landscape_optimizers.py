@@ -23,6 +23,7 @@ from basinax.benchmarks._table import Table, spread
 from basinax.benchmarks._tasks import Options, Params, Task
 from basinax.benchmarks._train import Plan, transformation
 from basinax.landscape import eigenpairs, hessian
+from basinax.optimizers import sam
 
 LEVELS = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 
@@ -36,11 +37,12 @@ class Contestant(NamedTuple):
     rate: float
     role: str
     """"base", "claim" (said to be flatter than the base) or "control"."""
+    rho: float = 0.0
+    """Radius of sharpness-aware minimization in front of the optimizer."""
 
 
 # The rates that the comparison on digits found best; the control takes the base's
-# tripled, to tell a larger step from another direction. A further method, such as
-# sharpness-aware minimization, joins as one more line.
+# tripled, to tell a larger step from another direction.
 CONTESTANTS = (
     Contestant("adamw", "adamw", 3e-3, "base"),
     Contestant("spectra_adamw", "spectra_adamw", 1e-2, "claim"),
@@ -68,6 +70,9 @@ def follow(
     """Train on every seed; return a passing, or None, per seed and level."""
     plan = Plan.of(steps, task.defaults.threshold)
     tx = transformation(task, OPTIMIZERS[contestant.entry], plan, contestant.rate)
+    if contestant.rho:
+        tx = optax.chain(sam(contestant.rho), tx)
+    tx = optax.with_extra_args_support(tx)
 
     @jax.jit
     def start(key: jax.Array) -> tuple[Params, Any]:
@@ -78,8 +83,11 @@ def follow(
     def step(
         params: Params, state: Any, data: Any, whole: Any, key: jax.Array
     ) -> tuple[Params, Any, jax.Array]:
-        grads = jax.grad(task.loss)(params, task.batch(data, key))
-        updates, state = tx.update(grads, state, params)
+        batch = task.batch(data, key)
+        grads = jax.grad(task.loss)(params, batch)
+        updates, state = tx.update(
+            grads, state, params, value_fn=lambda p: task.loss(p, batch)
+        )
         params = optax.apply_updates(params, updates)
         return params, state, task.loss(params, whole)
 
@@ -177,6 +185,7 @@ def equal_loss(
     say: Say = lambda _: None,
     *,
     contestants: Sequence[Contestant] = CONTESTANTS,
+    method: str = "spectral clipping",
     options: Options | None = None,
     steps: int = 300,
     levels: Sequence[float] = LEVELS,
@@ -210,6 +219,7 @@ def equal_loss(
             "optimizer": c.entry,
             "learning_rate": c.rate,
             "role": c.role,
+            "rho": c.rho,
             "sharpness": [
                 summary([p.sharpness for p in at if p is not None]) for at in column
             ],
@@ -228,8 +238,8 @@ def equal_loss(
         return f"{label} over {base.label}: " + ", ".join(parts)
 
     return Finding(
-        claim="At equal training loss spectral clipping is at a flatter place than its "
-        "base, AdamW.",
+        claim=f"At equal training loss {method} is at a flatter place than its base, "
+        "AdamW.",
         verdict=verdicts.pop() if len(verdicts) == 1 else "mixed",
         evidence="Ratio of the largest Hessian eigenvalues (95 % interval) where the "
         f"training loss is first reached: {'; '.join(map(told, claimed))}.",

@@ -112,7 +112,7 @@ examples:
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="own data: IDX files for digits, text files for bytes",
+        help="own data: IDX files for digits and multi-fashion, text for bytes",
     )
     add("--width", type=int, metavar="N", help="model width (128, parity 100)")
     add("--depth", type=int, metavar="N", help="hidden layers (2, bytes 4)")
@@ -199,11 +199,13 @@ claims:
 examples:
   {PROGRAM} claims
   {PROGRAM} claims spectra --full
+  {PROGRAM} claims samo --seeds 10
 """,
     )
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="which claims (default: all)")
     add("--full", action="store_true", help="include the parts that take minutes")
+    add("--seeds", type=int, metavar="N", help="seeds of each part (default: its own)")
     add(
         "--out",
         type=Path,
@@ -216,9 +218,16 @@ examples:
 
 def _claims_command(args: argparse.Namespace, console: Console) -> int:
     _claims.choose(args.names)
+    if args.seeds is not None and args.seeds < 1:
+        raise Usage(f"--seeds {args.seeds}: needs at least one")
     with _one_blas_thread():
         _claims.run(
-            args.names, _folder(args.out), console, full=args.full, command=args.typed
+            args.names,
+            _folder(args.out),
+            console,
+            full=args.full,
+            command=args.typed,
+            seeds=args.seeds,
         )
     return 0
 

@@ -169,6 +169,18 @@ TASKS: dict[str, tuple[str, str]] = {
         "basinax.benchmarks._parity",
         "parity of 3 among 20 bits, multilayer perceptron, full batch",
     ),
+    "two-digits": (
+        "basinax.benchmarks._two_digits",
+        "two overlaid digits with noisy labels, mean loss of two heads",
+    ),
+    "multi-fashion": (
+        "basinax.benchmarks._multi_fashion",
+        "two overlaid pieces of clothing, mean loss of two heads; needs its data",
+    ),
+    "yeast": (
+        "basinax.benchmarks._yeast",
+        "fourteen functions of yeast genes, mean loss of the heads; needs its data",
+    ),
 }
 
 
