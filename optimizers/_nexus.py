@@ -37,7 +37,7 @@ EPS = 1e-12
 def unit_direction(gradient: PyTree, eps: float = EPS) -> PyTree:
     """Compute g / (‖g‖₂ + eps) over a whole tree.
 
-    In units of the largest entry, so that squares neither overflow nor vanish.
+    Where squares would overflow or vanish they are taken in units of the largest entry.
 
     Args:
         gradient: tree of floating-point arrays in the dtype to compute in.
@@ -46,17 +46,30 @@ def unit_direction(gradient: PyTree, eps: float = EPS) -> PyTree:
     leaves = jax.tree.leaves(gradient)
     if not leaves:
         return gradient
-    peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]
-    peak = functools.reduce(jnp.maximum, peaks)
-    unit = jnp.where(peak > 0, peak, 1)
-    # The reciprocal of the largest numbers is subnormal, which devices flush to zero.
-    shrink = jnp.where(peak > 1, 0.25, 1).astype(unit.dtype)
-    scaled = jax.tree.map(
-        lambda g: g * shrink.astype(g.dtype) / (unit * shrink).astype(g.dtype), gradient
+
+    def sum_of_squares(inverse: Array) -> Array:
+        squares = [jnp.sum(jnp.square(g * inverse.astype(g.dtype))) for g in leaves]
+        return functools.reduce(jnp.add, squares)
+
+    def in_units_of_the_largest() -> tuple[Array, Array]:
+        peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]
+        peak = functools.reduce(jnp.maximum, peaks).astype(direct.dtype)
+        # A power of two whose inverse is no subnormal, which devices flush to zero.
+        limit = -int(jnp.finfo(peak.dtype).minexp)
+        exponent = jnp.clip(jnp.frexp(peak)[1] - 1, -limit, limit)
+        inverse = jnp.ldexp(one, -exponent)
+        return sum_of_squares(inverse).astype(direct.dtype), inverse
+
+    direct = sum_of_squares(jnp.ones((), jnp.float32))
+    one, info = jnp.ones_like(direct), jnp.finfo(direct.dtype)
+    in_range = (direct > float(info.tiny / info.eps**2)) & jnp.isfinite(direct)
+    squares, inverse = jax.lax.cond(
+        in_range, lambda: (direct, one), in_units_of_the_largest
     )
-    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(scaled)]
-    length = jnp.sqrt(functools.reduce(jnp.add, squares)) + eps / unit
-    return jax.tree.map(lambda g: g / length.astype(g.dtype), scaled)
+    factor = 1 / (jnp.sqrt(squares) + eps * inverse)
+    return jax.tree.map(
+        lambda g: g * inverse.astype(g.dtype) * factor.astype(g.dtype), gradient
+    )
 
 
 def direction(gradient: PyTree, normalize: Normalize, eps: float = EPS) -> PyTree:
