@@ -18,6 +18,7 @@ from basinax.benchmarks._measure import interleaved_times, median
 from basinax.benchmarks._table import Table, short
 from basinax.optimizers import (
     f_mtl_value_and_grad,
+    sam_value_and_grad,
     samo_value_and_grad,
     task_gradients,
 )
@@ -45,6 +46,7 @@ class Passes(NamedTuple):
 
 
 PASSES = {
+    "sam": Passes(2, 2, 0, 0),
     "task_gradients": Passes(1, 0, 0, 1),
     "samo, none": Passes(2, 1, 0, 1),
     "samo, spsa": Passes(1, 1, 3, 1),
@@ -77,6 +79,7 @@ def methods(tasks: int, axis: Any) -> dict[str, Callable[..., Any]]:
         )
 
     return {
+        "sam": sam_value_and_grad(mean_loss, rho=0.05),
         "task_gradients": task_gradients(losses_fn, **options),
         "samo, none": samo("none"),
         "samo, spsa": samo("spsa"),
