@@ -51,7 +51,7 @@ def losses(seed: int) -> list[Callable[[Vector], jax.Array]]:
 def average_over_orders(
     sources: Sequence[Callable[[Vector], jax.Array]],
     point: Vector,
-    normalize: str | None,
+    normalize: Any,
 ) -> Callable[[jax.Array], Vector]:
     """Return the function from γ to the mean pseudo-gradient over all K! orders."""
     orders = jnp.array(list(itertools.permutations(range(len(sources)))))
@@ -218,7 +218,7 @@ def fixed_points(steps: int = 4000) -> dict[str, np.ndarray]:
         corners = jnp.array(CORNERS)
         rates = 0.5 / (1 + 0.01 * jnp.arange(steps))
 
-        def end(normalize: str | None) -> Vector:
+        def end(normalize: Any) -> Vector:
             fn: Any = nexus_value_and_grad(
                 lambda x, p: 0.5 * jnp.sum(jnp.square(x - p)), 0.0, normalize=normalize
             )

@@ -122,11 +122,11 @@ def worst_case(
         limit of those for τ → 0, and g_w/τ that of directions, of length at most one.
     """
     unit, scale = unit_gramian(gramian, rounding)
-    smoothing = smoothing / scale
+    added = smoothing / scale
     info = jnp.finfo(unit.dtype)
     norms = jnp.sqrt(jnp.diag(unit))
     slope = jnp.mean(unit, 1)
-    mean_square = jnp.maximum(jnp.mean(slope), 0) + smoothing
+    mean_square = jnp.maximum(jnp.mean(slope), 0) + added
     radius = c * jnp.sqrt(mean_square)
     divisor = jnp.where(radius > 0, radius, 1)
 
@@ -134,7 +134,7 @@ def worst_case(
         return jnp.dot(w, unit @ v)
 
     def length_of(w: Array) -> Array:
-        return jnp.sqrt(jnp.maximum(square_of(w, w), 0) + smoothing)
+        return jnp.sqrt(jnp.maximum(square_of(w, w), 0) + added)
 
     def step(state: _Search) -> _Search:
         w = minimise_on_simplex(unit, state.length / divisor * slope)
@@ -146,7 +146,7 @@ def worst_case(
         change = state.length - state.last_length
         q = (w - state.w) / jnp.where(change == 0, 1, change)
         p = w - state.length * q
-        qq, pq, pp = square_of(q, q), square_of(p, q), square_of(p, p) + smoothing
+        qq, pq, pp = square_of(q, q), square_of(p, q), square_of(p, p) + added
         root = jnp.sqrt(jnp.maximum(pq**2 + (1 - qq) * pp, 0))
         ahead = jnp.where(qq < 1, (pq + root) / jnp.where(qq < 1, 1 - qq, 1), jnp.inf)
         ahead = jnp.where((state.steps > 0) & (change != 0), ahead, length)
@@ -164,7 +164,7 @@ def worst_case(
         length_of(w),
         jnp.zeros_like(divisor),
         jnp.zeros_like(divisor),
-        2 * jnp.sqrt(1 + smoothing),  # more than the longest gradient
+        2 * jnp.sqrt(1 + added),  # more than the longest gradient
         jnp.zeros((), jnp.int32),
         jnp.asarray(True),
     )

@@ -227,9 +227,7 @@ def nexus_value_and_grad(
         count = count_microbatches(microbatches)
         gamma = jnp.asarray(rate)
 
-        def inner_step(
-            acc: PyTree, inputs: tuple[PyTree, Array | None]
-        ) -> tuple[PyTree, Any]:
+        def inner_step(acc: PyTree, inputs: tuple[PyTree, Array]) -> tuple[PyTree, Any]:
             microbatch, number = inputs
             keys = () if key is None else (jax.random.fold_in(key, number),)
             point = look_ahead(params, acc, gamma)
@@ -264,16 +262,16 @@ def zero_accumulator(params: PyTree, dtype: Any = None) -> PyTree:
 def count_microbatches(microbatches: PyTree) -> int:
     """Return K, or raise ValueError where leaves disagree or there are none."""
     sizes = {
-        jax.tree_util.keystr(path): (jnp.shape(leaf) or (None,))[0]
+        jax.tree_util.keystr(path): (*jnp.shape(leaf), 0)[0]
         for path, leaf in jax.tree_util.tree_leaves_with_path(microbatches)
     }
-    found = set(sizes.values())
-    if len(found) != 1 or not found - {None, 0}:
+    count = max(sizes.values(), default=0)
+    if count == 0 or set(sizes.values()) != {count}:
         raise ValueError(
             "every leaf of microbatches needs the same leading axis, of at least one "
             f"micro-batch; got sizes {sizes or 'of no leaves'}."
         )
-    return found.pop()
+    return count
 
 
 def check_options(normalize: Normalize, reduce: Reduce, eps: float) -> None:

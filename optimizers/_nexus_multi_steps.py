@@ -153,7 +153,7 @@ def nexus_multi_steps(
             new = optax.apply_updates(state.params, change)
             return new, NexusMultiStepsState(
                 mini_step=jnp.zeros_like(state.mini_step),
-                gradient_step=optax.safe_increment(state.gradient_step),
+                gradient_step=jnp.asarray(optax.safe_increment(state.gradient_step)),
                 params=new,
                 accumulator=jax.tree.map(jnp.zeros_like, state.accumulator),
                 inner_state=inner_state,
