@@ -102,7 +102,7 @@ def nexus_multi_steps(learning_rate=0.1, inner_learning_rate=0.01):
     )
 
 
-def reptile(learning_rate=0.1, inner_learning_rate=0.1):
+def reptile(learning_rate=0.1, inner_learning_rate=0.25):
     """Call the interpolation what the checks call it."""
     return bx.reptile(inner_learning_rate, learning_rate)
 
