@@ -29,8 +29,8 @@ from jaxtyping import Array, Float, PyTree
 Normalize = Literal["global", "per_leaf"] | Callable[[PyTree], PyTree] | None
 Reduce = Literal["mean", "sum", "displacement"]
 
-# Added to norms, as in the code of the authors' earlier optimizers: far below any
-# gradient that matters, and enough to make a zero gradient a zero direction.
+# Added to norms: far below any gradient that matters, and enough to make a zero
+# gradient a zero direction.
 EPS = 1e-12
 
 
