@@ -26,6 +26,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
+from basinax.optimizers._scaling import power_of_two
+
 Normalize = Literal["global", "per_leaf"] | Callable[[PyTree], PyTree] | None
 Reduce = Literal["mean", "sum", "displacement"]
 
@@ -54,10 +56,7 @@ def unit_direction(gradient: PyTree, eps: float = EPS) -> PyTree:
     def in_units_of_the_largest() -> tuple[Array, Array]:
         peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]
         peak = functools.reduce(jnp.maximum, peaks).astype(direct.dtype)
-        # A power of two whose inverse is no subnormal, which devices flush to zero.
-        limit = -int(jnp.finfo(peak.dtype).minexp)
-        exponent = jnp.clip(jnp.frexp(peak)[1] - 1, -limit, limit)
-        inverse = jnp.ldexp(one, -exponent)
+        _, inverse = power_of_two(peak)
         return sum_of_squares(inverse).astype(direct.dtype), inverse
 
     direct = sum_of_squares(jnp.ones((), jnp.float32))

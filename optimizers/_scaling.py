@@ -23,3 +23,26 @@ def unit_scale(
     shrink = jnp.where(scale > 1, 0.25, 1).astype(x.dtype)
     divisor = jnp.where(usable, scale * shrink, 1)
     return jnp.where(usable, x * shrink / divisor, 0), scale
+
+
+def power_of_two(
+    peak: Float[Array, "*n"],
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    """Round down to powers of two, by which division is exact.
+
+    Args:
+        peak: largest absolute entries, non-negative.
+
+    Returns:
+        The powers and their inverses; for a peak that is zero or not finite, those of
+        the largest other one, or 1.
+    """
+    usable = jnp.isfinite(peak) & (peak > 0)
+    largest = jnp.max(jnp.where(usable, peak, 0))
+    substitute = jnp.where(largest > 0, largest, 1)
+    _, exponent = jnp.frexp(jnp.where(usable, peak, substitute))
+    # Devices flush the inverse of the largest powers of two to zero.
+    limit = -int(jnp.finfo(peak.dtype).minexp)
+    exponent = jnp.clip(exponent - 1, -limit, limit)
+    one = jnp.ones_like(peak)
+    return jnp.ldexp(one, exponent), jnp.ldexp(one, -exponent)

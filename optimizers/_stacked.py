@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
-from basinax.optimizers._ascent import marks
+from basinax.optimizers._ascent import is_none, marks
 from basinax.optimizers._layout import explicit_axes
 from basinax.optimizers._task_gradients import TaskGrads
 
@@ -29,7 +29,7 @@ class Stacked(NamedTuple):
             lambda leaf, other: other if leaf is None else leaf,
             combined,
             self.rest,
-            is_leaf=_is_none,
+            is_leaf=is_none,
         )
 
 
@@ -51,13 +51,13 @@ def take_apart(updates: PyTree, mask: Any, params: PyTree) -> Stacked:
     whole = parts.merge(parts.tasks)
     chosen = marks(mask, whole if params is None else params, "mask")
     tasks = jax.tree.map(
-        lambda leaf, keep: leaf if keep else None, parts.tasks, chosen, is_leaf=_is_none
+        lambda leaf, keep: leaf if keep else None, parts.tasks, chosen, is_leaf=is_none
     )
     rest = jax.tree.map(
         lambda leaf, task: leaf if task is None else None,
         whole,
         tasks,
-        is_leaf=_is_none,
+        is_leaf=is_none,
     )
     return Stacked(tasks, rest)
 
@@ -135,12 +135,8 @@ def _counterparts(tree: PyTree, params: PyTree) -> list[tuple[int, ...]] | None:
     if params is None:
         return None
     try:
-        params = jax.tree.structure(tree, is_leaf=_is_none).flatten_up_to(params)
+        params = jax.tree.structure(tree, is_leaf=is_none).flatten_up_to(params)
     except ValueError:
         return None
-    pairs = zip(jax.tree.leaves(tree, is_leaf=_is_none), params, strict=True)
+    pairs = zip(jax.tree.leaves(tree, is_leaf=is_none), params, strict=True)
     return [jnp.shape(param) for leaf, param in pairs if leaf is not None]
-
-
-def _is_none(x: Any) -> bool:
-    return x is None

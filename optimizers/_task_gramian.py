@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from basinax.optimizers._layout import explicit_axes
+from basinax.optimizers._scaling import power_of_two
 
 # Squares of numbers within 2^±40 = 1e±12 can be summed in float32 with room to spare.
 _SAFE_EXPONENT = 40
@@ -73,7 +74,7 @@ def task_gramian(stacked: PyTree[Float[Array, "T ..."]]) -> TaskGramian:
     dtypes = [leaf.real.dtype for leaf in leaves]
     dtype = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
     peaks = [_peak(x).astype(dtype) for x in leaves]
-    scale, inverse = _power_of_two(functools.reduce(jnp.maximum, peaks))
+    scale, inverse = power_of_two(functools.reduce(jnp.maximum, peaks))
     products = [_product(x, inverse) for x in leaves]
     return TaskGramian(functools.reduce(jnp.add, products), scale)
 
@@ -113,16 +114,3 @@ def _replicated(array: Array) -> NamedSharding | None:
     if not explicit_axes([array]):
         return None
     return NamedSharding(jax.typeof(array).sharding.mesh, PartitionSpec())
-
-
-def _power_of_two(peak: Float[Array, " T"]) -> tuple[Array, Array]:
-    """Round down to a power of two; return it and its inverse."""
-    usable = jnp.isfinite(peak) & (peak > 0)
-    largest = jnp.max(jnp.where(usable, peak, 0))
-    substitute = jnp.where(largest > 0, largest, 1)
-    _, exponent = jnp.frexp(jnp.where(usable, peak, substitute))
-    # Devices flush the inverse of the largest powers of two to zero.
-    limit = -int(jnp.finfo(peak.dtype).minexp)
-    exponent = jnp.clip(exponent - 1, -limit, limit)
-    one = jnp.ones_like(peak)
-    return jnp.ldexp(one, exponent), jnp.ldexp(one, -exponent)
