@@ -1,5 +1,7 @@
 """Monitors: norms, types, recovery, schedules, own metrics, mistakes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,3 +169,22 @@ def test_hashed_signs_are_independent():
     assert abs(correlation).max() < limit
     for lag in (1, 2, 30):
         assert abs((signs[:, lag:] * signs[:, :-lag]).mean(1)).max() < limit
+
+
+def test_gradient_shows_an_eigenvalue_that_overtook():
+    """One short round finds what the last eigenvector knows nothing of."""
+    before = jnp.linspace(0.1, 1, 400).at[0].set(4.0)
+    after = before.at[7].set(8.0)
+    tx = monitor({"top": metrics.lambda_max(num_steps=3, max_rounds=1)})
+
+    def loss(w, curvature):
+        return 0.5 * jnp.sum(curvature * w**2)
+
+    w = jnp.ones(400)
+    state = tx.init(w)
+    for curvature in (before, before, after):
+        gradient = jax.grad(loss)(w, curvature)
+        _, state = tx.update(
+            gradient, state, w, value_fn=functools.partial(loss, curvature=curvature)
+        )
+    np.testing.assert_allclose(state.values["top"], 8.0, rtol=0.01)
