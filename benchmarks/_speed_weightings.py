@@ -20,7 +20,7 @@ from basinax.benchmarks._measure import interleaved_times, median
 from basinax.benchmarks._table import Table, short
 
 TASKS = (8, 40)
-PROBLEMS = ("random", "dependent", "ill-conditioned")
+PROBLEMS = ("random", "dependent", "skewed")
 REFERENCE = "cholesky"
 
 
@@ -29,7 +29,7 @@ def gradients(problem: str, tasks: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     if problem == "dependent":
         return rng.standard_normal((tasks, max(2, tasks // 4)))
-    if problem == "ill-conditioned":
+    if problem == "skewed":
         decades = 10.0 ** -np.linspace(0, 6, tasks)
         left, right = rng.standard_normal((2, tasks, tasks))
         return left * decades @ right
@@ -94,10 +94,14 @@ def table(rows: list[dict[str, Any]], rounds: int) -> Table:
     names = list(dict.fromkeys(row["weighting"] for row in rows))
     return Table(
         "Task weightings of a float32 Gram matrix, ms",
-        ("weighting", *(f"{problem}, T = {count}" for count, problem in columns)),
+        ("weighting", *(f"{problem} {count}" for count, problem in columns)),
         tuple(
             (name, *(short(cells[(name, *column)]) for column in columns))
             for name in names
         ),
-        (f"Medians of {rounds} interleaved rounds, compiled.",),
+        (
+            f"Medians of {rounds} interleaved rounds, compiled. Columns: gradients and "
+            "number of tasks; dependent in a fourth as many dimensions, skewed with "
+            "singular values over six decades.",
+        ),
     )

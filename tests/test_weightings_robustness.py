@@ -165,4 +165,4 @@ def test_speed_part(monkeypatch):
     assert all(row["milliseconds"] > 0 for row in rows)
     text = str(_speed_weightings.table(rows, 2))
     assert "aligned_mtl" in text
-    assert "dependent, T = 3" in text
+    assert "dependent 3" in text
