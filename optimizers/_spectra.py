@@ -17,7 +17,7 @@ import optax
 
 from basinax.optimizers._options import takes_options_of
 from basinax.optimizers._spectral_clip import spectral_clip
-from basinax.optimizers._thresholds import coupled_threshold
+from basinax.optimizers._thresholds import check_step_count, coupled_threshold
 
 
 @takes_options_of(spectral_clip)
@@ -68,6 +68,7 @@ def spectra(
     Reference:
         arXiv:2603.14315, post-clipping.
     """
+    check_step_count("warmup_steps", warmup_steps)
     if warmup_steps:
         threshold = coupled_threshold(threshold, learning_rate, warmup_steps)
     return optax.chain(

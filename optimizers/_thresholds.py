@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array
@@ -57,7 +58,7 @@ def coupled_threshold(
         >>> [round(float(c(k) * eta(k)), 6) for k in (0, 50, 100)]
         [0.01, 0.01, 0.01]
     """
-    _check_step_count("warmup_steps", warmup_steps)
+    check_step_count("warmup_steps", warmup_steps)
     base = _as_schedule(threshold)
     if not callable(learning_rate) or warmup_steps == 0:
         return base
@@ -111,7 +112,7 @@ def decayed_threshold(
         [10.0, 10.0, 5.0, 0.0]
     """
     check_choice("shape", shape, get_args(Shape))
-    _check_step_count("total_steps", total_steps)
+    check_step_count("total_steps", total_steps)
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be in [0, 1], got {fraction}.")
     if not final_scale >= 0:
@@ -144,8 +145,12 @@ def _as_schedule(threshold: optax.ScalarOrSchedule) -> optax.Schedule:
     return lambda _: jnp.asarray(threshold)
 
 
-def _check_step_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
+def check_step_count(name: str, value: Any) -> None:
+    """Refuse a number of steps that is not a static int, or negative."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(
+            f"{name} must be an int, got {type(value).__name__}; under "
+            "optax.inject_hyperparams list it in static_args."
+        )
     if value < 0:
         raise ValueError(f"{name} must be >= 0, got {value}.")

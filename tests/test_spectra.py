@@ -157,6 +157,12 @@ class TestSpectra:
         ]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *updates)
 
+    def test_warmup_steps_must_not_be_injected(self):
+        p = self.tree()
+        tx = optax.inject_hyperparams(spectra_adamw)(0.1, 0.5)
+        with pytest.raises(TypeError, match=r"warmup_steps .* static_args"):
+            tx.init(p)
+
     def test_pre_clip(self):
         tree = self.tree()
         clipped = apply(pre_spectral_clip(0.1), tree)
