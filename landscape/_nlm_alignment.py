@@ -114,7 +114,8 @@ def nlm_alignment(
     _check_scope(scope, axes)
     _check_shapes(params, grads)
     if mask is not None:
-        mask = mask(params) if callable(mask) else mask
+        function = callable(mask) and jax.tree_util.all_leaves([mask])
+        mask = mask(params) if function else mask
         params, grads = (_select(tree, mask) for tree in (params, grads))
     named, treedef = jax.tree.flatten_with_path(params)
     blocks = [

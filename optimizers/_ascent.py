@@ -17,6 +17,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
+from basinax.optimizers._checks import is_function
+
 
 def ascent(
     direction: PyTree,
@@ -101,7 +103,7 @@ def shifted(params: PyTree, perturbation: PyTree) -> PyTree:
 
 def marks(choice: Any, params: PyTree, name: str) -> PyTree:
     """Spread a boolean tree prefix, or a callable's answer, over the parameters."""
-    prefix = choice(params) if callable(choice) else choice
+    prefix = choice(params) if is_function(choice) else choice
 
     def spread(mark: Any, branch: PyTree) -> PyTree:
         if not isinstance(mark, bool | np.bool_):

@@ -2,10 +2,22 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.tree_util import Partial
 from jaxtyping import Array
+
+
+def is_function(choice: Any) -> bool:
+    """Tell a function of params from a tree that can be called, as Equinox modules can.
+
+    A tree of options made by mapping over such a module is a module itself.
+    """
+    return callable(choice) and (
+        isinstance(choice, Partial) or jax.tree_util.all_leaves([choice])
+    )
 
 
 def check_choice(name: str, value: Any, valid: tuple[str, ...]) -> None:

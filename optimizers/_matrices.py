@@ -6,12 +6,13 @@ is a batch axis.  Kernels want the short side first, hence `Matrices.wide`.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from basinax.optimizers._checks import is_function
 
 
 class Matrices(NamedTuple):
@@ -89,9 +90,7 @@ def assign_dimension_numbers(dimension_numbers: Any, tree: Any) -> list[Any]:
     Raises:
         ValueError: if the tree prefix does not fit.
     """
-    if isinstance(dimension_numbers, Callable) and not is_dimension_numbers(
-        dimension_numbers
-    ):
+    if is_function(dimension_numbers) and not is_dimension_numbers(dimension_numbers):
         dimension_numbers = dimension_numbers(tree)
         check_dimension_numbers(dimension_numbers)
     if dimension_numbers is None:

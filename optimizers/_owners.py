@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
+from basinax.optimizers._checks import is_function
+
 SHARED = -1
 
 
@@ -69,7 +71,7 @@ def resolve_owners(owner: Any, params: PyTree) -> Owners:
         TypeError: an owner is not an int.
         ValueError: the tree of owners does not fit.
     """
-    if callable(owner):
+    if is_function(owner):
         owner = owner(params)
     leaves, treedef = jax.tree.flatten(params)
     if owner is None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from basinax.optimizers._checks import check_choice
+from basinax.optimizers._checks import check_choice, is_function
 
 TicketScope = Literal["global", "leaf"]
 
@@ -86,7 +86,7 @@ def magnitude_mask(
         ) from None
     if not 0 <= keep <= 1:
         raise ValueError(f"keep must be between 0 and 1, got {keep}.")
-    mask = True if mask is None else mask(params) if callable(mask) else mask
+    mask = True if mask is None else mask(params) if is_function(mask) else mask
     candidates = jax.tree.map(
         lambda chosen, tree: jax.tree.map(
             lambda w: bool(chosen) and jnp.issubdtype(jnp.result_type(w), jnp.inexact),
@@ -153,7 +153,7 @@ def keep_masked(
             return KeepMaskedState(params)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
             return jax.eval_shape(init_fn, params)
-        chosen = mask(params) if callable(mask) else mask
+        chosen = mask(params) if is_function(mask) else mask
         try:
             masks = treedef.flatten_up_to(chosen)
         except ValueError as error:
