@@ -176,6 +176,7 @@ def make(options: Options) -> Task:
             threshold=4.0,
             probes=8,
             max_matvecs=30,
+            surface=7,
         ),
         details={
             "files": corpus.files,

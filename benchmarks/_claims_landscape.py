@@ -1,6 +1,6 @@
-"""What is said about loss landscapes: outliers, edges, optimizers, generalization.
+"""What is said about loss landscapes: outliers, edges, paths, generalization.
 
-Four statements that the instruments of `basinax.landscape` can test on small networks,
+Statements that the instruments of `basinax.landscape` can test on small networks,
 where whole spectra and whole training runs take seconds.
 """
 
@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from basinax.benchmarks._claims import Finding, Part
+from basinax.benchmarks._claims_landscape_axes import axes as hessian_axes
+from basinax.benchmarks._claims_landscape_axes import draw as draw_axes
 from basinax.benchmarks._claims_landscape_edge import edges, walkers
 from basinax.benchmarks._claims_landscape_generalization import (
     SHARPNESS,
@@ -20,6 +22,8 @@ from basinax.benchmarks._claims_landscape_generalization import (
 )
 from basinax.benchmarks._claims_landscape_optimizers import equal_loss
 from basinax.benchmarks._claims_landscape_outliers import FEW, outliers
+from basinax.benchmarks._claims_landscape_paths import draw as draw_paths
+from basinax.benchmarks._claims_landscape_paths import paths
 from basinax.benchmarks._figures import new_figure, reference_line, tidy
 
 EDGE, LONG_EDGE = "edge of stability", "edge of stability, three seeds"
@@ -28,6 +32,8 @@ PARTS = (
     Part("outliers", outliers),
     Part(EDGE, edges),
     Part("sharpness at equal loss", equal_loss),
+    Part("axes", hessian_axes),
+    Part("paths", paths),
     Part(
         LONG_EDGE,
         partial(edges, contestants=walkers(2), seeds=(0, 1, 2)),
@@ -187,6 +193,8 @@ PANELS: dict[str, Callable[[Axes, Finding], Any]] = {
     EDGE: _edges,
     LONG_EDGE: _edges,
     "sharpness at equal loss": _equal_loss,
+    "axes": draw_axes,
+    "paths": draw_paths,
     "sharpness and generalization": _generalization,
 }
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from basinax.benchmarks import (
     _claims,
     _compare,
-    _figures,
+    _draw,
     _landscape,
     _report,
     _speed,
@@ -107,6 +107,12 @@ examples:
     )
     add("--threshold", type=float, metavar="C", help="SPECTRA threshold (default 4)")
     add("--target", type=float, metavar="LOSS", help="validation loss to reach")
+    add(
+        "--surface",
+        type=int,
+        metavar="N",
+        help="points per axis of the loss surfaces, 0 for none (21, bytes 7)",
+    )
     add("--out", type=Path, metavar="DIR", help="default: results/TASK")
     add(
         "--data-dir",
@@ -149,6 +155,7 @@ def _compare_command(args: argparse.Namespace, console: Console) -> int:
         grid=args.grid if args.grid is not None or not quick else 3,
         threshold=args.threshold,
         target=args.target,
+        surface=args.surface if args.surface is not None or not quick else 11,
         options=Options(
             args.data_dir,
             args.width,
@@ -165,7 +172,7 @@ def _compare_command(args: argparse.Namespace, console: Console) -> int:
     console.print(f"[bold]{study.task.title}[/], {study.plan.steps} steps")
     with _one_blas_thread():
         results = _compare.compare(study, settings, out, console)
-    figures = _figures.draw_all(results, out)
+    figures = _draw.draw_all(results, out)
     report = _report.write_report(results, figures, out)
     console.print()
     for table in _table.tables(results):
@@ -239,7 +246,8 @@ def _add_landscape(commands: "argparse._SubParsersAction[_Parser]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a task's model briefly with AdamW, or load one, and report "
         "the curvature of\nits training loss: eigenvalues, trace, spectral density, "
-        "sharpness, edge of\nstability. Writes landscape.json and landscape.png.",
+        "sharpness, edge of\nstability, loss surfaces. Writes landscape.json, figures "
+        "and a self-contained\nreport.html.",
         epilog=f"""\
 examples:
   {PROGRAM} landscape
@@ -264,6 +272,7 @@ examples:
         metavar="N",
         help="products per probe of the density (60)",
     )
+    add("--surface", type=int, metavar="N", help="points per axis, 0 for none (21)")
     add("--width", type=int, metavar="N", help="model width")
     add("--depth", type=int, metavar="N", help="hidden layers")
     add("--out", type=Path, metavar="DIR", help="default: results/landscape/TASK")
@@ -275,6 +284,8 @@ def _landscape_command(args: argparse.Namespace, console: Console) -> int:
     for name in ("rate", *counts):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise Usage(f"--{name.replace('_', '-')} {value:g}: must be positive")
+    if args.surface is not None and args.surface != 0 and args.surface < 3:
+        raise Usage(f"--surface {args.surface}: needs at least 3, or 0 for none")
     if args.save is not None and args.checkpoint is not None:
         raise Usage("--save with --checkpoint: there is nothing new to save")
     settings = _landscape.Settings(
@@ -286,6 +297,7 @@ def _landscape_command(args: argparse.Namespace, console: Console) -> int:
         eigenvalues=args.eigenvalues,
         probes=args.probes,
         lanczos_steps=args.lanczos_steps,
+        surface=args.surface,
         checkpoint=args.checkpoint,
         save=args.save,
         command=args.typed,

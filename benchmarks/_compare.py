@@ -46,6 +46,7 @@ from basinax.benchmarks._results import (
     summary,
     write_json,
 )
+from basinax.benchmarks._surroundings import surroundings
 from basinax.benchmarks._tasks import Options, Task, Usage
 from basinax.benchmarks._train import (
     Plan,
@@ -80,6 +81,7 @@ class Settings(NamedTuple):
     grid: int | None = None
     threshold: float | None = None
     target: float | None = None
+    surface: int | None = None
     options: Options = Options()
     command: str = "python -m basinax.benchmarks compare"
 
@@ -93,6 +95,8 @@ class Study(NamedTuple):
     seeds: tuple[int, ...]
     grid: int
     target: float
+    surface: int
+    """Grid points along each axis of the loss surfaces; 0 leaves them out."""
 
 
 def prepare(settings: Settings) -> Study:
@@ -108,14 +112,17 @@ def prepare(settings: Settings) -> Study:
     seeds = defaults.seeds if settings.seeds is None else settings.seeds
     grid = defaults.grid if settings.grid is None else settings.grid
     threshold = settings.threshold or defaults.threshold  # checked to be positive
+    surface = defaults.surface if settings.surface is None else settings.surface
     for name, number, least in (("steps", steps, 2), ("seeds", seeds, 1)):
         if number < least:
             raise Usage(f"--{name} {number}: needs at least {least}")
+    if surface and surface < 3:
+        raise Usage(f"--surface {surface}: needs at least 3, or 0 for none")
     for entry in entries.values():
         narrow(entry.grid, grid)
     plan = Plan.of(steps, threshold)
     target = settings.target or task.target
-    return Study(task, plan, entries, tuple(range(seeds)), grid, target)
+    return Study(task, plan, entries, tuple(range(seeds)), grid, target, surface)
 
 
 def header(study: Study, settings: Settings) -> dict[str, Any]:
@@ -144,6 +151,7 @@ def header(study: Study, settings: Settings) -> dict[str, Any]:
             "step_norm_ceiling": step_ceiling(task, plan.threshold),
             "target_validation_loss": study.target,
             "grid_points": study.grid,
+            "surface_points": study.surface,
             "seeds": study.seeds,
             "search_seed": SEARCH_SEED,
         },
@@ -228,11 +236,19 @@ def run_optimizer(
         searched = train(task, trainer, plan, SEARCH_SEED, rate, on_steps)
         losses.append(float(searched.final.validation.loss))
     best = pick(losses)
-    seeds = []
+    seeds, around = [], None
     for index, seed in enumerate(study.seeds, 1):
         on_phase(f"seed {index} of {len(study.seeds)}")
         trained = train(task, trainer, plan, seed, grid[best], on_steps)
         seeds.append(report_seed(study, trained, seed))
+        if index == 1 and study.surface and math.isfinite(seeds[0]["train_loss"]):
+            on_phase("loss surface")
+            around = surroundings(
+                task,
+                trained.params,
+                points=study.surface,
+                max_matvecs=task.defaults.max_matvecs,
+            )
     reached = [seed["steps_to_target"] for seed in seeds]
     return {
         "note": entry.note,
@@ -244,6 +260,7 @@ def run_optimizer(
             for rate, loss in zip(grid, losses, strict=True)
         ],
         "seeds": seeds,
+        "surroundings": around,
         "summary": {
             **{key: summary([s.get(key) for s in seeds]) for key in REPORTED},
             "steps_to_target": summary(reached),

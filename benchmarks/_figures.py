@@ -4,7 +4,6 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart. An optim
 its SPECTRA version share a colour; the base of another is dashed.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -213,27 +212,3 @@ def curvature_figure(results: dict[str, Any]) -> Figure:
         color="#666666",
     )
     return figure
-
-
-CAPTIONS = {
-    "loss.png": "Loss over training; the band is one standard deviation over seeds.",
-    "norms.png": "Spectral norms of steps and weights; dotted: the bound that SPECTRA "
-    "guarantees for every step.",
-    "curvature.png": "Held-out loss beside the curvature of the training loss at the "
-    "end of training.",
-}
-
-
-def draw_all(results: dict[str, Any], out: Path) -> dict[str, str]:
-    """Draw and save every figure; return file names with captions."""
-    if not results["optimizers"]:
-        return {}
-    out.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "loss.png": loss_figure(results),
-        "norms.png": norm_figure(results),
-        "curvature.png": curvature_figure(results),
-    }
-    for name, figure in figures.items():
-        figure.savefig(out / name)
-    return {name: CAPTIONS[name] for name in figures}

@@ -17,15 +17,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from basinax.benchmarks import _tasks
-from basinax.benchmarks._landscape_report import LABELS, draw, tables
+from basinax.benchmarks._checkpoint import check_name, load, save
+from basinax.benchmarks._landscape_page import draw_all, write_report
+from basinax.benchmarks._landscape_report import LABELS, tables
+from basinax.benchmarks._landscape_views import views
 from basinax.benchmarks._models import count
 from basinax.benchmarks._optimizers import OPTIMIZERS
-from basinax.benchmarks._results import SCHEMA, environment, write_json
+from basinax.benchmarks._results import SCHEMA, environment, plain, write_json
 from basinax.benchmarks._table import show
-from basinax.benchmarks._tasks import Options, Params, Task, Usage, evaluate
+from basinax.benchmarks._tasks import Options, Params, Task, evaluate
 from basinax.benchmarks._train import Plan, make_trainer
 from basinax.landscape import (
     Density,
+    Eigenpairs,
     Estimate,
     adam_diagonal,
     average_sharpness,
@@ -61,6 +65,7 @@ class Settings(NamedTuple):
     eigenvalues: int = 10
     probes: int = 8
     lanczos_steps: int = 60
+    surface: int | None = None
     checkpoint: Path | None = None
     save: Path | None = None
     command: str = ""
@@ -74,71 +79,8 @@ class Model(NamedTuple):
     rate: float | None = None
     divisor: Any = None
     """√v̂ + ε of the next Adam step."""
-
-
-# Checkpoints ---------------------------------------------------------------------
-
-
-def _names(params: Params) -> list[str]:
-    paths, _ = zip(*jax.tree_util.tree_leaves_with_path(params), strict=True)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
-
-
-def check_name(path: Path) -> None:
-    """Refuse a name that numpy would append a suffix to."""
-    if path.suffix != ".npz":
-        raise Usage(f"--save {path}: the name must end in .npz")
-
-
-def save(path: Path, params: Params) -> None:
-    """Write parameters as one array per name into an ``.npz`` file."""
-    check_name(path)
-    leaves = map(np.asarray, jax.tree.leaves(params))
-    arrays: dict[str, Any] = dict(zip(_names(params), leaves, strict=True))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **arrays)
-    except OSError as error:
-        raise Usage(f"--save {path}: {error.strerror}") from error
-
-
-def load(path: Path, like: Params) -> Params:
-    """Read parameters that ``save`` wrote.
-
-    Args:
-      path: the ``.npz`` file.
-      like: tree of arrays or shapes that the parameters must match.
-
-    Raises:
-      Usage: the file cannot be read or is of another model.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or "not an .npz file"
-        raise Usage(f"--checkpoint {path}: {reason}") from error
-    leaves, treedef = jax.tree.flatten(like)
-    names = _names(like)
-    if set(arrays) != set(names):
-        raise Usage(
-            f"--checkpoint {path}: holds {', '.join(sorted(arrays)) or 'nothing'}; "
-            f"this model needs {', '.join(sorted(names))}"
-        )
-    for name, leaf in zip(names, leaves, strict=True):
-        if arrays[name].shape != leaf.shape:
-            raise Usage(
-                f"--checkpoint {path}: {name} has shape {arrays[name].shape}, this "
-                f"model needs {leaf.shape}; give the same --width and --depth"
-            )
-    kept = [
-        jnp.asarray(arrays[name], leaf.dtype)
-        for name, leaf in zip(names, leaves, strict=True)
-    ]
-    return treedef.unflatten(kept)
-
-
-# Training and measuring ----------------------------------------------------------
+    path: tuple[Params, ...] = ()
+    """Parameters during training, on the host, the last being ``params``."""
 
 
 def obtain(
@@ -160,10 +102,12 @@ def obtain(
     plan = Plan.of(settings.steps or task.defaults.steps, task.defaults.threshold)
     trainer = make_trainer(task, entry, plan)
     carry = trainer.start(jax.random.key(settings.seed), jnp.float32(rate))
+    path = [jax.device_get(carry.params)]
     for first in range(0, plan.steps, plan.every):
         carry, _ = trainer.advance(
             carry, task.data, task.splits.validation, jnp.int32(first)
         )
+        path.append(jax.device_get(carry.params))
         on_steps(first + plan.every, plan.steps)
     grads = jax.jit(jax.grad(task.loss))(carry.params, task.curvature)
     return Model(
@@ -171,6 +115,7 @@ def obtain(
         f"{plan.steps} steps of AdamW, peak rate {rate:g}, seed {settings.seed}",
         rate,
         adam_diagonal(carry.state, grads),
+        tuple(path),
     )
 
 
@@ -243,9 +188,10 @@ def inspect(
     keys = jax.random.split(jax.random.key(settings.seed), 5)
     wanted = min(settings.eigenvalues, size)
     found: dict[str, Any] = {}
+    kept: dict[str, Eigenpairs] = {}
 
     def pairs(which: Any, k: int, key: jax.Array) -> dict[str, Any]:
-        got = eigenpairs(operator, params, k, key=key, which=which)
+        got = kept[which] = eigenpairs(operator, params, k, key=key, which=which)
         return {
             "values": np.asarray(got.values).tolist(),
             "residuals": np.asarray(got.residuals).tolist(),
@@ -311,7 +257,19 @@ def inspect(
         first, last = found["largest"]["values"][0], found["smallest"]["values"][0]
         return _spectrum(density, first, last, size)
 
-    steps = (
+    points = task.defaults.surface if settings.surface is None else settings.surface
+
+    def planes() -> dict[str, Any]:
+        return views(
+            task,
+            params,
+            kept["LA"],
+            model.path,
+            points=points,
+            key=jax.random.fold_in(keys[4], 1),
+        )
+
+    steps = [
         Step("largest", lambda: pairs("LA", wanted, keys[0])),
         Step("smallest", lambda: pairs("SA", 1, keys[1])),
         Step("sums", sums),
@@ -322,7 +280,9 @@ def inspect(
             "edge",
             lambda: _edge(model, operator, found["largest"]["values"][0], keys[0]),
         ),
-    )
+    ]
+    if points:
+        steps.append(Step("planes", planes))
     for index, step in enumerate(steps):
         on_step(step.name, index, len(steps))
         found[step.name] = step.measure()
@@ -341,7 +301,7 @@ def prepare(settings: Settings) -> Task:
 
 
 def run(task: Task, settings: Settings, out: Path, console: Console) -> dict[str, Any]:
-    """Train or load, measure, print and write ``landscape.json`` and a figure."""
+    """Train or load, measure, print and write numbers, figures and a page."""
     began = time.perf_counter()
     columns = (
         TextColumn("{task.description}"),
@@ -376,7 +336,9 @@ def run(task: Task, settings: Settings, out: Path, console: Console) -> dict[str
         "density": density._asdict(),
     }
     write_json(out / "landscape.json", results)
-    draw(results, density).savefig(out / "landscape.png")
+    results = plain(results)
+    figures = draw_all(results, density, out)
+    report = write_report(results, figures, out)
     console.print(f"[bold]{task.title}[/]; {model.origin}")
     console.print(
         f"Test loss {results['test_loss']:.4f}, accuracy "
@@ -387,7 +349,8 @@ def run(task: Task, settings: Settings, out: Path, console: Console) -> dict[str
     for table in tables(results):
         show(table, console)
     console.print(
-        f"Measured in {results['seconds']:.0f} s: {out / 'landscape.json'} and .png",
+        f"Measured in {results['seconds']:.0f} s. Report: {report} (also "
+        f"landscape.json and {len(figures)} figures)",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -17,6 +17,7 @@ LABELS = {
     "ascent": "sharpness by ascent",
     "noise": "sharpness under noise",
     "edge": "edge of stability",
+    "planes": "loss surfaces",
     "done": "done",
 }
 

@@ -18,6 +18,7 @@ from basinax.benchmarks import (
     _speed_sam,
     _speed_samo,
     _speed_spectra,
+    _speed_surfaces,
     _speed_weightings,
 )
 from basinax.benchmarks._results import SCHEMA, environment, write_json
@@ -91,6 +92,11 @@ PARTS: dict[str, Part] = {
         "eigenpairs, trace and density, in gradients",
         lambda s: _speed_spectra.measure(s.rounds),
         lambda rows, s: _speed_spectra.table(rows, s.rounds),
+    ),
+    "surfaces": Part(
+        "loss surfaces, in milliseconds per point",
+        lambda s: _speed_surfaces.measure(rounds=s.rounds),
+        lambda rows, s: _speed_surfaces.table(rows, s.rounds),
     ),
     "weightings": Part(
         "task weightings on eight and forty tasks, in milliseconds",

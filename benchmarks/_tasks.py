@@ -64,6 +64,8 @@ class Defaults(NamedTuple):
     """Hutchinson probes per Hessian trace."""
     max_matvecs: int
     """Most Hessian-vector products spent on the largest eigenvalue."""
+    surface: int = 21
+    """Grid points along each axis of a loss surface."""
 
 
 class Task(NamedTuple):

@@ -17,18 +17,28 @@ the weight outside of the power it converges to a ratio of integrals,
 
 which is the default here.
 
-Reference: Gabdullin, *Investigating generalization capabilities of neural networks by
-means of loss landscapes and Hessian analysis*, arXiv:2412.10146, 2024.
+Before either is read as a sign of generalization, the type of the spectrum is to be
+known: mainly positive if C_t = mean over probes of θ_min / θ_max is at least -0.6, else
+mainly negative, where the criteria say nothing.
+
+References: Gabdullin, *Investigating generalization capabilities of neural networks by
+means of loss landscapes and Hessian analysis*, arXiv:2412.10146, 2024, and *The effects
+of Hessian eigenvalue spectral density type on the applicability of Hessian analysis to
+generalization capability assessment of neural networks*, arXiv:2504.17618, 2025.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Bool, Float
 
 from basinax.landscape._density import Density
 from basinax.landscape._lanczos import BREAKDOWN
 from basinax.landscape._probes import Estimate, make, mean
+
+# Bound on C_t in the author's library Loss Landscape Analysis, as of December 2025.
+_MAINLY_POSITIVE = -0.6
 
 
 def _on_host(density: Density) -> tuple[np.ndarray, np.ndarray]:
@@ -71,6 +81,68 @@ def extreme_ratio(density: Density) -> Estimate:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.abs(nodes.min(1) / nodes.max(1))
     return mean(ratios, density.nodes.dtype)
+
+
+class SpectrumType(NamedTuple):
+    """Whether a spectrum is mainly positive.
+
+    Attributes:
+        ratio: C_t, the mean over probes of the smallest over the largest eigenvalue,
+            with its sign, and its standard error.
+        mainly_positive: whether it is at or above the bound; False where it is NaN.
+    """
+
+    ratio: Estimate
+    mainly_positive: Bool[Array, ""]
+
+
+def spectrum_type(
+    density: Density, threshold: float = _MAINLY_POSITIVE
+) -> SpectrumType:
+    """Tell a mainly positive spectrum from a mainly negative one.
+
+    To be asked before `extreme_ratio` and `negativity_ratio` are compared between
+    models: by their author they say something about generalization for mainly positive
+    spectra only. Mainly negative ones were seen after training with manipulated
+    gradients.
+
+    The rule and its bound of -0.6 are those of the author's library, version of
+    December 2025, which returns one of these two types. The third type of the paper,
+    quasi-singular, has no rule there, and none is made up here.
+
+    Args:
+        density: result of `spectral_density`; only the nodes matter.
+        threshold: bound on C_t.
+
+    Returns:
+        C_t and the answer. A probe without a positive node counts as minus infinity:
+        the bare quotient of two negative numbers would pass for mainly positive. NaN,
+        and not mainly positive, for the zero operator.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from basinax.landscape import spectral_density, spectrum_type
+        >>> scale = jnp.array([4.0, 1.0, 0.0, -1.0])
+        >>> found = spectral_density(
+        ...     lambda v: scale * v,
+        ...     scale,
+        ...     key=jax.random.key(0),
+        ...     num_probes=2,
+        ...     num_steps=4,
+        ... )
+        >>> kind = spectrum_type(found)
+        >>> round(float(kind.ratio.value), 3), bool(kind.mainly_positive)
+        (-0.25, True)
+
+    Reference: Gabdullin, arXiv:2504.17618, 2025.
+    """
+    nodes, _ = _on_host(density)
+    smallest, largest = nodes.min(1), nodes.max(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = smallest / largest
+    ratios = np.where((largest <= 0) & (smallest < 0), -np.inf, ratios)
+    ratio = mean(ratios, density.nodes.dtype)
+    return SpectrumType(ratio, jnp.asarray(ratio.value >= threshold))
 
 
 def negativity_ratio(

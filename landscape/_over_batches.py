@@ -21,8 +21,8 @@ from basinax.landscape._vectors import wide_dtype
 
 Factory = Callable[..., Callable[[PyTree], PyTree]]
 
-_UNKNOWN = (
-    "over_batches cannot tell how many examples each batch holds, as the arrays of a "
+UNKNOWN = (
+    "basinax cannot tell how many examples each batch holds, as the arrays of a "
     "batch differ in their leading axes; pass weights, one number per batch."
 )
 
@@ -57,13 +57,13 @@ def _streamed(
 ) -> PyTree:
     total, weight = None, 0.0
     pairs = (
-        ((batch, _examples(batch)) for batch in batches)
+        ((batch, examples(batch)) for batch in batches)
         if weights is None
         else zip(batches, weights, strict=True)
     )
     for batch, count in pairs:
         if count is None:
-            raise ValueError(_UNKNOWN)
+            raise ValueError(UNKNOWN)
         product, share = factory(*batch)(vector), jnp.float32(count)
         total = _weigh(share, product) if total is None else _add(total, share, product)
         weight += count
@@ -96,13 +96,25 @@ def _scanned(
     return jax.lax.scan(body, start, (stacked, shares))[0]
 
 
-def _examples(batch: Sequence[PyTree]) -> int | None:
+def count_stacked(batches: tuple[PyTree, ...]) -> int:
+    """Count the batches in a tuple of stacked arrays."""
+    counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
+    if len(counts) != 1 or min(counts) in ((), (0,)):
+        raise ValueError(
+            "a tuple of stacked batches needs one leading axis in common, of "
+            f"batches; got shapes {jax.tree.map(jnp.shape, batches)}. Batches of "
+            "different sizes go in a list: [(x0, y0), (x1, y1)]."
+        )
+    return counts.pop()[0]
+
+
+def examples(batch: Sequence[PyTree]) -> int | None:
     """Count examples, or return None if the arrays of a batch disagree."""
     counts = {jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
     return counts.pop() if len(counts) == 1 else None
 
 
-def _shares(
+def shares_of(
     weights: Sequence[float] | None, batches: list[Sequence[PyTree]]
 ) -> Float[Array, "K"]:
     """Return the share of each batch in the mean; equal shapes make equal shares."""
@@ -111,9 +123,9 @@ def _shares(
     shapes = [jax.tree.map(jnp.shape, batch) for batch in batches]
     if all(shape == shapes[0] for shape in shapes):
         return _normalised([1] * len(batches), len(batches))
-    counts = [_examples(batch) for batch in batches]
+    counts = [examples(batch) for batch in batches]
     if None in counts:
-        raise ValueError(_UNKNOWN)
+        raise ValueError(UNKNOWN)
     return _normalised(counts, len(batches))
 
 
@@ -236,14 +248,7 @@ def over_batches(
         4.0
     """
     if isinstance(batches, tuple):
-        counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
-        if len(counts) != 1 or min(counts) in ((), (0,)):
-            raise ValueError(
-                "a tuple of stacked batches needs one leading axis in common, of "
-                f"batches; got shapes {jax.tree.map(jnp.shape, batches)}. Batches of "
-                "different sizes go in a list: [(x0, y0), (x1, y1)]."
-            )
-        (count,) = counts.pop()
+        count = count_stacked(batches)
         shares = _normalised([1] * count if weights is None else weights, count)
         stacked = jax.tree.map(jnp.asarray, batches)
         return Partial(_scanned, *_stack(factory, stacked, count), shares)
@@ -259,5 +264,5 @@ def over_batches(
             "a list of batches must hold at least one, each a tuple of the arguments "
             "of factory, such as [(x0, y0), (x1, y1)]."
         )
-    shares = _shares(weights, batches)
+    shares = shares_of(weights, batches)
     return Partial(_looped, [as_partial(factory(*batch)) for batch in batches], shares)

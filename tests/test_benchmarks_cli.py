@@ -3,6 +3,7 @@
 import json
 import re
 
+import browser
 import jax
 import numpy as np
 import pytest
@@ -12,19 +13,20 @@ pytest.importorskip("rich")
 
 from basinax.benchmarks import (
     _compare,
-    _figures,
+    _draw,
     _results,
     _speed_clip,
     _speed_monitor,
     _speed_nexus,
     _speed_projection,
+    _surface_figures,
     _table,
     main,
 )
 
 TINY = (
     "compare --optimizers adamw,spectra_adamw --steps 10 --seeds 2 --grid 2 --width 8 "
-    "--depth 1 --batch-size 8 --out"
+    "--depth 1 --batch-size 8 --surface 5 --out"
 )
 
 
@@ -72,6 +74,40 @@ def test_results_hold_every_seed_and_every_number(finished):
     assert results["timing"]["ratio"]["adamw"] == 1.0
 
 
+def test_surfaces_are_those_of_the_first_seed(finished):
+    results = read(finished)
+    for numbers in results["optimizers"].values():
+        around, seed = numbers["surroundings"], numbers["seeds"][0]
+        surface = np.array(around["plane"]["losses"])
+        assert surface.shape == (5, 5)
+        line = np.array(around["line"]["losses"])
+        # The batch that curvature is measured on is the whole training set here.
+        assert surface[2, 2] == pytest.approx(seed["train_loss"], rel=1e-5)
+        assert line[4] == pytest.approx(seed["train_loss"], rel=1e-5)
+        step = around["line"]["steps"][5]
+        second = (line[3] - 2 * line[4] + line[5]) / step**2
+        assert second == pytest.approx(seed["lambda_max"], rel=0.25)
+
+
+def test_surfaces_share_axes_and_colours(finished):
+    results = read(finished)
+    figure = _surface_figures.surface_figure(results)
+    panels = [axis for axis in figure.axes if axis.get_title(loc="left")]
+    assert [axis.get_title(loc="left") for axis in panels] == ["adamw", "spectra_adamw"]
+    first, second = (axis.collections[0] for axis in panels)
+    np.testing.assert_array_equal(first.levels, second.levels)
+    seen = np.array(
+        [o["surroundings"]["plane"]["losses"] for o in results["optimizers"].values()]
+    )
+    assert first.levels[0] <= seen.min()
+    assert first.levels[-1] >= seen.max()
+    (axis,) = _surface_figures.line_figure(results).axes
+    for line, numbers in zip(axis.lines, results["optimizers"].values(), strict=True):
+        np.testing.assert_array_equal(
+            line.get_ydata(), numbers["surroundings"]["line"]["losses"]
+        )
+
+
 def test_spectra_never_steps_beyond_its_ceiling(finished):
     results = read(finished)
     ceiling = results["settings"]["step_norm_ceiling"]
@@ -94,14 +130,19 @@ def test_pairs_are_by_seed(finished):
 def test_report_is_self_contained_and_agrees_with_the_numbers(finished):
     page = (finished / "report.html").read_text()
     results = read(finished)
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 5
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", page)
     assert "http" not in page
     for numbers in results["optimizers"].values():
         assert _table.spread(numbers["summary"]["test_loss"]) in page
     assert results["command"] in page
-    for name in ("loss.png", "norms.png", "curvature.png"):
+    for name in (*_draw.FIGURES, *_draw.SURFACES):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+@browser.in_browser
+def test_the_report_in_a_browser(finished, tmp_path):
+    browser.check(finished / "report.html", tmp_path)
 
 
 def test_the_table_fits_a_hundred_columns(finished, capsys):
@@ -145,6 +186,7 @@ def test_ctrl_c_before_anything_is_finished(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        ("compare --surface 2", "--surface 2: needs at least 3"),
         ("compare --task nothing", "valid names: digits, bytes"),
         ("compare --optimizers adamw,nope", "valid names: adamw, spectra_adamw"),
         ("compare --data-dir /does/not/exist", "no such folder"),
@@ -288,7 +330,7 @@ def test_curves_that_blow_up_are_still_drawn(finished, tmp_path):
     empty = {"mean": None, "sd": None, "finite": 0, "of": 2}
     for key in summary:
         summary[key] = 0 if key == "lambda_converged" else empty
-    assert len(_figures.draw_all(results, tmp_path)) == 3
+    assert len(_draw.draw_all(results, tmp_path)) == 5
     performance = _table.tables(results)[0]
     assert performance.rows[0][3] == "diverged"
     assert performance.best == {(1, 3)}

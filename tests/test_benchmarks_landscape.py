@@ -2,6 +2,7 @@
 
 import json
 
+import browser
 import jax
 import numpy as np
 import pytest
@@ -9,12 +10,19 @@ import pytest
 pytest.importorskip("flax")
 pytest.importorskip("rich")
 
-from basinax.benchmarks import _landscape, _landscape_report, _tasks, main
+from basinax.benchmarks import (
+    _checkpoint,
+    _landscape_page,
+    _landscape_report,
+    _tasks,
+    main,
+)
 from basinax.benchmarks._tasks import Options, Usage
 from basinax.landscape import Density, dense, hessian
 
 TINY = ["landscape", "--width", "4", "--depth", "1", "--seed", "1"]
 TINY += ["--eigenvalues", "3", "--probes", "4", "--lanczos-steps", "24"]
+TINY += ["--surface", "5"]
 
 
 def read(folder):
@@ -57,19 +65,59 @@ def check_figure(found):
     np.testing.assert_array_equal(marks.get_xdata(), drawn)
 
 
-def test_report_of_a_trained_model_and_of_its_checkpoint(tmp_path, capsys):
-    """One test, because one training and one set of compiled instruments do."""
-    saved, folder = tmp_path / "model.npz", tmp_path / "again"
-    train = ["--steps", "100", "--rate", "0.01", "--save", str(saved)]
-    assert main([*TINY, *train, "--out", str(tmp_path)]) == 0
-    found = read(tmp_path)
+def check_planes(found, loss, params):
+    """Every plane has the model at its origin; the path starts far and ends there."""
+    planes = found["planes"]
+    assert set(planes) == {"hessian", "random", "path"}
+    here = float(loss(params))
+    for name in ("hessian", "random"):
+        assert planes[name]["losses"][2][2] == pytest.approx(here, rel=1e-5)
+    path = np.array(planes["path"]["coordinates"])
+    np.testing.assert_allclose(path[-1], 0.0, atol=1e-5)
+    assert np.linalg.norm(path[0]) == pytest.approx(
+        np.linalg.norm(path, axis=1).max(), rel=0.2
+    )
+    explained = planes["path"]["explained"]
+    assert 0.5 < sum(explained) <= 1 + 1e-6
+    # Along the sharpest axis the quadratic model adds one nat at the border.
+    (x,) = {len(planes["hessian"][k]) for k in ("x", "y")}
+    assert x == 5
+    reach = planes["hessian"]["x"][-1]
+    assert 0.5 * found["largest"]["values"][0] * reach**2 == pytest.approx(1, rel=1e-3)
+    panels = _landscape_page.draw_planes(found).axes
+    titles = [axis.get_title(loc="left") for axis in panels]
+    assert [t for t in titles if t] == [
+        t for t, _, _ in _landscape_page.TITLES.values()
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Train, measure and save; nearly all of it is compiling."""
+    out = tmp_path_factory.mktemp("landscape")
+    train = ["--steps", "100", "--rate", "0.01", "--save", str(out / "model.npz")]
+    assert main([*TINY, *train, "--out", str(out)]) == 0
+    return out
+
+
+@browser.in_browser
+def test_the_report_in_a_browser(finished, tmp_path):
+    browser.check(finished / "report.html", tmp_path)
+
+
+def test_report_of_a_trained_model_and_of_its_checkpoint(finished, tmp_path, capsys):
+    """One test, because one set of compiled instruments does."""
+    saved, folder = finished / "model.npz", tmp_path / "again"
+    found = read(finished)
     task = _tasks.load("digits", Options(width=4, depth=1))
-    params = _landscape.load(saved, jax.eval_shape(task.init, jax.random.key(0)))
+    params = _checkpoint.load(saved, jax.eval_shape(task.init, jax.random.key(0)))
     matrix = dense(hessian(task.loss, params, task.curvature, linearize=True), params)
     symmetric = 0.5 * (np.asarray(matrix, np.float64) + np.asarray(matrix).T)
     check_against(np.linalg.eigvalsh(symmetric)[::-1], found)
     check_figure(found)
-    assert (tmp_path / "landscape.png").read_bytes().startswith(b"\x89PNG")
+    check_planes(found, lambda w: task.loss(w, task.curvature), params)
+    for name in _landscape_page.CAPTIONS:
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
 
     capsys.readouterr()
     load = ["--checkpoint", str(saved), "--out", str(folder)]
@@ -78,6 +126,7 @@ def test_report_of_a_trained_model_and_of_its_checkpoint(tmp_path, capsys):
     for key in ("largest", "sums", "spectrum", "ascent", "noise", "test_loss"):
         assert again[key] == found[key]
     assert "adam_ratio_at_peak_rate" not in again["edge"]  # no optimizer, no edge
+    assert set(again["planes"]) == {"hessian", "random"}  # no training, no path
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines()[:-1])) <= 100
     for text in ("λ1", "trace", "PAC-Bayes", "model.npz"):
@@ -123,13 +172,13 @@ def test_mistakes_are_one_line(words, expected, capsys, tmp_path, monkeypatch):
 def test_checkpoints_of_other_models_are_refused(tmp_path):
     params = {"a": np.ones((2, 3), np.float32), "b": [np.zeros(2, np.float32)]}
     path = tmp_path / "folder" / "x.npz"
-    _landscape.save(path, params)
-    back = _landscape.load(path, params)
+    _checkpoint.save(path, params)
+    back = _checkpoint.load(path, params)
     jax.tree.map(np.testing.assert_array_equal, back, params)
     with pytest.raises(Usage, match=r"a has shape \(2, 3\), this model needs \(3, 2\)"):
-        _landscape.load(path, {**params, "a": np.ones((3, 2))})
+        _checkpoint.load(path, {**params, "a": np.ones((3, 2))})
     with pytest.raises(Usage, match="holds a, b/0; this model needs a"):
-        _landscape.load(path, {"a": params["a"]})
+        _checkpoint.load(path, {"a": params["a"]})
     path.write_text("no archive")
     with pytest.raises(Usage, match=r"not an \.npz file"):
-        _landscape.load(path, params)
+        _checkpoint.load(path, params)
