@@ -179,7 +179,7 @@ def plane(
             every batch; returns the parameters that the loss gets.
         chunk_size: points evaluated at once, by `jax.vmap`. Default: 1 on CPU, where
             convolutions with different kernels side by side are several times slower
-            than in turn, and 16 elsewhere. Small dense networks gain on CPU too.
+            than in turn, and 16 elsewhere. A small dense network may gain on CPU too.
         progress: called as `progress(done, total)` after every chunk, in evaluations of
             the loss: points times batches. The total is None if `batches` has no
             length.

@@ -13,7 +13,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_block_runs(block):
     names = {}
     exec(compile(block, "README.md", "exec"), names)
-    assert "tx" in names
+    assert {"tx", "curved"} & set(names)
 
 
 def test_comments_in_the_example_are_true():
@@ -23,3 +23,11 @@ def test_comments_in_the_example_are_true():
     exec(compile(BLOCKS[0], "README.md", "exec"), names)
     assert jnp.linalg.norm(names["updates"], 2) <= 2e-2
     assert names["top"].converged.all()
+
+
+def test_there_is_a_way_round_the_wall():
+    names = {}
+    (block,) = (block for block in BLOCKS if "bezier_path" in block)
+    exec(compile(block, "README.md", "exec"), names)
+    straight, curved = (names["barrier"](names[n]) for n in ("straight", "curved"))
+    assert curved.height < 0.2 * straight.height
