@@ -43,7 +43,7 @@ def draw_planes(results: dict[str, Any]) -> Figure:
     limits: dict[str, Any] = {"scale": "log"} if finite.size else {}
     if finite.size:
         limits |= {"vmin": float(finite.min()), "vmax": float(finite.max())}
-    figure = new_figure(4.2 * len(planes), 3.9)
+    figure = new_figure(3.4 * len(planes) + 0.8, 3.6)
     axes = np.atleast_1d(figure.subplots(1, len(planes)))
     for axis, (name, plane) in zip(axes, planes.items(), strict=True):
         title, xlabel, ylabel = TITLES[name]
@@ -55,7 +55,8 @@ def draw_planes(results: dict[str, Any]) -> Figure:
                 f"direction {k + 1}, {100 * share:.0f} % of the motion"
                 for k, share in enumerate(shares)
             )
-        plots.surface(plane, ax=axis, path=path, **limits)
+        last = axis is axes[-1]  # one colour bar for all, as they share their levels
+        plots.surface(plane, ax=axis, path=path, colorbar=last, **limits)
         tidy(axis, title, xlabel, ylabel)
         axis.grid(visible=False)
     figure.suptitle(

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conformance_case import assert_close, assert_same_types
 from jax.sharding import AxisType, NamedSharding
 from optax.experimental import aggregating
 from stacked_trees import TASKS, gram, matrix, tree
 
 from basinax.optimizers import TaskGrads, aggregate, famo, mgda_weights, random_weights
+from basinax.testing._trees import assert_close, assert_same_types
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "samo.npz")
 

@@ -2,12 +2,14 @@
 
 import inspect
 
+import jax
 import optax
 import pytest
-from conformance import checks_for
-from registry import CASES
+from registry import CASES, LIKE
 
 from basinax import optimizers
+from basinax.testing import checks_for
+from basinax.testing._trees import assert_same_types, sample
 
 # What options and chaining can break in a transformation whose update is checked
 # elsewhere.
@@ -21,12 +23,16 @@ WIRING = {
     "schedules",
     "converges_on_mixed_target",
 }
+# These have a file of their own.
+MESHES = {"auto_mesh", "explicit_mesh"}
 
 
 def pairs():
     for case in CASES:
         for name, check in checks_for(case).items():
-            later = case.like and name not in WIRING
+            if name in MESHES:
+                continue
+            later = case.name in LIKE and name not in WIRING
             marks = pytest.mark.slow if later else ()
             yield pytest.param(case, check, id=f"{case.name}-{name}", marks=marks)
 
@@ -39,12 +45,21 @@ def test_conforms(case, check):
 def test_names_are_unique():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
-    in_full = {case.name for case in CASES if not case.like}
-    assert {case.like for case in CASES if case.like} <= in_full
+    assert set(LIKE) <= set(names)
+    assert set(LIKE.values()) <= set(names) - set(LIKE)
 
 
 def test_wiring_is_of_checks():
-    assert {name for case in CASES for name in checks_for(case)} >= WIRING
+    assert {name for case in CASES for name in checks_for(case)} >= WIRING | MESHES
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_promises_beyond_the_checks(case):
+    """Extra arguments without help from optax; `init` also on bare shapes."""
+    tx = case.make()
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    shapes = jax.eval_shape(sample)
+    assert_same_types(tx.init(shapes), jax.eval_shape(tx.init, shapes), case.name)
 
 
 def test_every_public_transformation_is_registered():

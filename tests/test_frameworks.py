@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conformance_case import assert_same_structure
 from flax import nnx
 from registry import CASES
+
+from basinax.testing._trees import assert_same_structure
 
 RATE = 0.02
 STEPS = 15

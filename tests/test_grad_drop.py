@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conformance_case import assert_close, assert_same_types
 
 from basinax.optimizers import TaskGrads, grad_drop, grad_drop_aggregate
+from basinax.testing._trees import assert_close, assert_same_types
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "samo.npz")
 JACOBIANS = sorted({k.split("/")[1] for k in GOLDEN.files if k.startswith("comb/")})

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conformance_case import assert_close, assert_same_types
 
 from basinax.optimizers import (
     Weighting,
@@ -19,6 +18,7 @@ from basinax.optimizers import (
     uncertainty,
 )
 from basinax.optimizers._weighting import as_weighting
+from basinax.testing._trees import assert_close, assert_same_types
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "samo.npz")
 JACOBIANS = sorted({k.split("/")[1] for k in GOLDEN.files if k.startswith("comb/")})

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conformance_case import assert_close, assert_same_types
 from jax.sharding import AxisType
 
 from basinax.optimizers import (
@@ -20,6 +19,7 @@ from basinax.optimizers import (
     samo_value_and_grad,
     task_gradients,
 )
+from basinax.testing._trees import assert_close, assert_same_types
 
 rng = np.random.default_rng(0)
 INPUTS = jnp.asarray(rng.standard_normal((8, 3)), jnp.float32)
