@@ -24,7 +24,7 @@ from basinax.benchmarks._claims_grokking_collapse import (
     stablemax_parity,
 )
 from basinax.benchmarks._claims_grokking_perp import orthogonal, rivals
-from basinax.benchmarks._figures import new_figure, tidy
+from basinax.benchmarks._figures import headline, new_figure, tidy
 
 PARTS = (
     Part("⊥Grad, p = 31", orthogonal),
@@ -176,12 +176,9 @@ def draw(findings: dict[str, Finding]) -> Figure:
         panel(axis)
     for axis in axes[len(flat) :]:
         axis.set_axis_off()
-    figure.suptitle(
+    headline(
+        figure,
         "Full lines: held-out accuracy (or loss) · dashed: training accuracy · "
         "means over seeds, bands their range",
-        x=0.01,
-        ha="left",
-        fontsize=9.5,
-        color="#666666",
     )
     return figure

@@ -28,7 +28,7 @@ from basinax.benchmarks._claims_landscape_runs import (
     digits,
     tanh_network,
 )
-from basinax.benchmarks._figures import INK
+from basinax.benchmarks._figures import tidy
 from basinax.benchmarks._table import Table, short
 from basinax.benchmarks._tasks import Batch, Params
 from basinax.landscape import (
@@ -249,9 +249,8 @@ def draw(axis: Axes, finding: Finding) -> None:
             vmax=float(every.max()),
             scale="log",
             colorbar=column == 1,
-            title=title,
         )
-        panel.set_xlabel("distance along the first", color=INK, fontsize=8.5)
-        panel.set_ylabel("" if column else "along the second", color=INK, fontsize=8.5)
-        panel.tick_params(labelleft=column == 0, labelsize=8)
-        panel.title.set_fontsize(10)
+        across = "" if column else "along the second"
+        tidy(panel, title, "distance along the first", across)
+        panel.grid(visible=False)
+        panel.tick_params(labelleft=column == 0)

@@ -57,6 +57,11 @@ def tidy(axis: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axis.tick_params(colors=INK, labelsize=8.5)
 
 
+def headline(figure: Figure, text: str) -> None:
+    """Say in one grey line what all panels have in common."""
+    figure.suptitle(text, x=0.01, ha="left", fontsize=9.5, color="#666666")
+
+
 def reference_line(axis: Axes, level: float, text: str) -> None:
     """Draw a dotted horizontal line with its meaning, readable over curves."""
     axis.axhline(level, color=INK, linewidth=0.9, linestyle=":")
@@ -118,7 +123,7 @@ def _panels(
         fontsize=9,
         handlelength=2.6,
     )
-    figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, color="#666666")
+    headline(figure, title)
     return figure, axes
 
 
@@ -203,12 +208,9 @@ def curvature_figure(results: dict[str, Any]) -> Figure:
         axis.tick_params(axis="y", length=0)
     axes[0].set_yticks(range(len(order)), order)
     axes[0].set_ylim(-0.6, len(order) - 0.4)
-    figure.suptitle(
+    headline(
+        figure,
         f"{results['task']['title']} · dots are seeds, diamonds their mean "
         "(hollow: base of another)",
-        x=0.01,
-        ha="left",
-        fontsize=9.5,
-        color="#666666",
     )
     return figure

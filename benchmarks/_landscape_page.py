@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from basinax.benchmarks._figures import new_figure, tidy
+from basinax.benchmarks._figures import headline, new_figure, tidy
 from basinax.benchmarks._landscape_report import draw, tables
 from basinax.benchmarks._page import (
     Section,
@@ -59,12 +59,9 @@ def draw_planes(results: dict[str, Any]) -> Figure:
         plots.surface(plane, ax=axis, path=path, colorbar=last, **limits)
         tidy(axis, title, xlabel, ylabel)
         axis.grid(visible=False)
-    figure.suptitle(
+    headline(
+        figure,
         f"{results['task']['title']} · {results['model']}",
-        x=0.01,
-        ha="left",
-        fontsize=9.5,
-        color="#666666",
     )
     return figure
 

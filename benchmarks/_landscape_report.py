@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from basinax.benchmarks._figures import new_figure, tidy
+from basinax.benchmarks._figures import headline, new_figure, tidy
 from basinax.benchmarks._table import Table, short
 from basinax.landscape import Density, plots
 
@@ -153,11 +153,8 @@ def draw(results: dict[str, Any], density: Density) -> Figure:
         for x in labels
     ]
     axis.legend(handles, labels, frameon=False, fontsize=8.5)
-    figure.suptitle(
+    headline(
+        figure,
         f"{results['task']['title']} · {results['model']}",
-        x=0.01,
-        ha="left",
-        fontsize=9.5,
-        color="#666666",
     )
     return figure

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from basinax.benchmarks._figures import INK, new_figure, styles, tidy
+from basinax.benchmarks._figures import INK, headline, new_figure, styles, tidy
 from basinax.landscape import plots
 
 COLUMNS = 3
@@ -78,12 +78,9 @@ def surface_figure(results: dict[str, Any]) -> Figure:
         bar.ax.tick_params(labelsize=8.5, colors=INK)
     figure.supxlabel("random direction 1, in filter norms", fontsize=9, color=INK)
     figure.supylabel("random direction 2", fontsize=9, color=INK)
-    figure.suptitle(
+    headline(
+        figure,
         f"{results['task']['title']} · training loss around the final point, one seed",
-        x=0.01,
-        ha="left",
-        fontsize=9.5,
-        color="#666666",
     )
     return figure
 
@@ -112,12 +109,9 @@ def line_figure(results: dict[str, Any]) -> Figure:
         fontsize=9,
         handlelength=2.6,
     )
-    figure.suptitle(
+    headline(
+        figure,
         f"{results['task']['title']} · along the eigenvector of the largest Hessian "
         "eigenvalue, one seed",
-        x=0.01,
-        ha="left",
-        fontsize=9.5,
-        color="#666666",
     )
     return figure

@@ -37,3 +37,17 @@ def x64():
     """Run the test with 64-bit types enabled."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def quick_compile():
+    """Compile without the costly passes.
+
+    For tests of types, trees, layouts and wiring, which do not depend on them and spend
+    nearly all of their time compiling. The numbers of optimized code are tested method
+    by method.
+    """
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

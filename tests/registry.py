@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from basinax import landscape
 from basinax import optimizers as bx
@@ -346,3 +347,11 @@ LIKE = {
     "aggregate[random]": "aggregate[mgda]",
     "reptile": "nexus",
 }
+
+
+def with_variants_later(cases):
+    """Return pytest's parameters; those that share their update wait for -m slow."""
+    return [
+        pytest.param(c, id=c.name, marks=pytest.mark.slow if c.name in LIKE else ())
+        for c in cases
+    ]

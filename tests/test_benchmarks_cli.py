@@ -263,6 +263,7 @@ def test_speed_of_the_projection():
     assert "near parallel" in text
 
 
+@pytest.mark.slow
 def test_speed_of_the_monitor():
     """Both columns come from training; a measurement is close to the eigenvalue."""
     (row,) = _speed_monitor.measure((16,), rounds=1, steps=100, measurements=1)
@@ -330,7 +331,10 @@ def test_curves_that_blow_up_are_still_drawn(finished, tmp_path):
     empty = {"mean": None, "sd": None, "finite": 0, "of": 2}
     for key in summary:
         summary[key] = 0 if key == "lambda_converged" else empty
+    results["optimizers"]["adamw"]["surroundings"] = None
     assert len(_draw.draw_all(results, tmp_path)) == 5
+    results["optimizers"]["spectra_adamw"]["surroundings"] = None
+    assert len(_draw.draw_all(results, tmp_path)) == 3
     performance = _table.tables(results)[0]
     assert performance.rows[0][3] == "diverged"
     assert performance.best == {(1, 3)}

@@ -11,6 +11,8 @@ from basinax import optimizers
 from basinax.testing import checks_for
 from basinax.testing._trees import assert_same_types, sample
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # What options and chaining can break in a transformation whose update is checked
 # elsewhere.
 WIRING = {

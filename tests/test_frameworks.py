@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from registry import CASES
+from registry import CASES, with_variants_later
 
 from basinax.testing._trees import assert_same_structure
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 RATE = 0.02
 STEPS = 15
 
@@ -32,7 +33,7 @@ class Network(nnx.Module):
         return self.out(jnp.tanh(self.gain[...] * self.hidden(x)))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", with_variants_later(CASES))
 def test_flax_nnx(case):
     model = Network(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, case.as_optimizer(RATE), wrt=nnx.Param)
@@ -52,7 +53,7 @@ def test_flax_nnx(case):
     assert losses[-1] < 0.9 * losses[0], losses
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", with_variants_later(CASES))
 def test_equinox(case):
     model = eqx.nn.MLP(4, 4, 8, 1, activation=jax.nn.tanh, key=jax.random.key(0))
     tx = case.as_optimizer(RATE)

@@ -255,7 +255,9 @@ def coupled(params, x):
 
 
 @pytest.mark.parametrize(
-    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
+    "axis_type",
+    [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit],
+    ids=["auto", "explicit"],
 )
 def test_on_a_mesh(axis_type):
     """Same numbers as on one device, leaves where the parameters are."""

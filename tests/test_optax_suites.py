@@ -102,6 +102,7 @@ def main(path):
     print(json.dumps(outcome))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUITES)
 def test_optax_suite(name):
     path = SUITES[name]

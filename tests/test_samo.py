@@ -79,6 +79,7 @@ def test_directions_differ_across_tasks_samples_and_keys():
     assert len(set(everything.tolist())) == everything.size
 
 
+@pytest.mark.slow
 def test_same_directions_in_a_scan_on_every_axis_and_without_jit():
     # One shape: a generator takes long to compile.
     twins = ("matrix", "twin")
@@ -229,7 +230,9 @@ def scaled_losses(params, x):
 
 
 @pytest.mark.parametrize("local", LOCALS)
-@pytest.mark.parametrize("layerwise", [True, False])
+@pytest.mark.parametrize(
+    "layerwise", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_scaling_all_losses_scales_the_rows_alone(local, layerwise):
     params, _, x = network()
     extra = {"directions": random_directions(params, TASKS, 1)}
@@ -328,7 +331,10 @@ def test_one_task_with_exact_gradients_is_sam(adaptive):
     same(grads.shared, jax.tree.map(lambda leaf: leaf[None], gradient))
 
 
-@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize(
+    "axis",
+    [pytest.param(a, marks=pytest.mark.slow if a != "map" else ()) for a in AXES],
+)
 @pytest.mark.parametrize("local", LOCALS)
 def test_radius_zero_gives_the_jacobian(axis, local):
     params, owner, x = network()
