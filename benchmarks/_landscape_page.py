@@ -16,7 +16,7 @@ from basinax.benchmarks._page import (
     page_html,
     table_html,
 )
-from basinax.benchmarks._surface_figures import Grid
+from basinax.benchmarks._surface_figures import restored
 from basinax.landscape import Density, plots
 
 TITLES = {
@@ -37,7 +37,7 @@ CAPTIONS = {
 
 def draw_planes(results: dict[str, Any]) -> Figure:
     """Draw the training loss in every plane that was looked at, one scale for all."""
-    planes = {name: Grid.of(plane) for name, plane in results["planes"].items()}
+    planes = {name: restored(plane) for name, plane in results["planes"].items()}
     losses = np.concatenate([plane.losses.ravel() for plane in planes.values()])
     finite = losses[np.isfinite(losses) & (losses > 0)]
     limits: dict[str, Any] = {"scale": "log"} if finite.size else {}

@@ -45,7 +45,7 @@ def views(
     *,
     points: int,
     key: jax.Array,
-    on_points: Callable[[int, int], None] = lambda *_: None,
+    on_points: Callable[[int, int | None], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Evaluate the training loss in up to three planes.
 
@@ -86,13 +86,15 @@ def views(
         axis = _grid(-reach, reach, points)
         found["hessian"] = look(first, second, axis, axis)
     axis = _grid(-EXTENT, EXTENT, points)
-    found["random"] = look(*random_directions(params, key, "filter"), axis, axis)
+    first, second = random_directions(params, key, "filter")
+    found["random"] = look(first, second, axis, axis)
     if len(path) > 2:
         main = trajectory_directions(path)
+        first, second = main.directions
         coordinates = np.asarray(main.coordinates)
         x, y = (_around(column, points) for column in coordinates.T)
         found["path"] = {
-            **look(*main.directions, x, y),
+            **look(first, second, x, y),
             "coordinates": coordinates,
             "explained": np.asarray(main.explained),
         }

@@ -1,31 +1,25 @@
 """Figures of the training loss around the final points of a comparison."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from basinax.benchmarks._figures import INK, headline, new_figure, styles, tidy
-from basinax.landscape import plots
+from basinax.landscape import Plane, plots
 
 COLUMNS = 3
 LEVELS = 14
 
 
-class Grid(NamedTuple):
-    """A plane as `plots.surface` takes it."""
-
-    x: np.ndarray
-    y: np.ndarray
-    losses: np.ndarray
-
-    @classmethod
-    def of(cls, stored: dict[str, Any]) -> "Grid":
-        """Read a plane from results, where a loss that was not finite is null."""
-        x = np.array(stored["x"], np.float64)
-        y = np.array(stored.get("y", stored["x"]), np.float64)
-        return cls(x, y, np.array(stored["losses"], np.float64))
+def restored(stored: dict[str, Any]) -> Plane:
+    """Read a plane from results, where a loss that was not finite is null."""
+    x, y, losses = (
+        np.array(stored.get(key, stored["x"]), np.float64)
+        for key in ("x", "y", "losses")
+    )
+    return Plane(x, y, losses)  # pyright: ignore[reportArgumentType]
 
 
 def seen(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -34,17 +28,17 @@ def seen(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {n: o["surroundings"] for n, o in done if o.get("surroundings")}
 
 
-def common_levels(planes: dict[str, Grid]) -> np.ndarray:
+def common_levels(planes: dict[str, Plane]) -> list[float]:
     """Space levels geometrically over the losses of all planes together."""
     losses = np.concatenate([plane.losses.ravel() for plane in planes.values()])
     positive = losses[np.isfinite(losses) & (losses > 0)]
     low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
-    return np.geomspace(low * 0.999, max(high, 1.01 * low) * 1.001, LEVELS)
+    return np.geomspace(low * 0.999, max(high, 1.01 * low) * 1.001, LEVELS).tolist()
 
 
 def surface_figure(results: dict[str, Any]) -> Figure:
     """Draw every optimizer's plane, on the same axes and the same colours."""
-    planes = {name: Grid.of(around["plane"]) for name, around in seen(results).items()}
+    planes = {name: restored(around["plane"]) for name, around in seen(results).items()}
     levels = common_levels(planes)
     columns = min(COLUMNS, len(planes))
     rows = math.ceil(len(planes) / columns)

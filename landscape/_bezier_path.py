@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from basinax.landscape._path_point import (
     ON_CURVE,
@@ -36,7 +36,7 @@ from basinax.landscape._path_point import (
 )
 from basinax.landscape._points import Batches, evaluate_points, weighted_batches
 from basinax.landscape._sandwich import as_partial, scalar
-from basinax.landscape._vectors import check_concrete, wide_dtype, widen
+from basinax.landscape._vectors import check_concrete, widen
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 # One object for all calls, as the compiled step is looked up by it.
@@ -72,7 +72,7 @@ def bezier_path(
     num_steps: int = 1000,
     learning_rate: float | None = None,
     optimizer: optax.GradientTransformation | None = None,
-    positions: Float[Array, "n"] | None = None,
+    positions: Float[ArrayLike, "n"] | None = None,
     batches: Batches | None = None,
     weights: Sequence[float] | None = None,
     recalibrate: Callable[..., PyTree] | None = None,
@@ -159,7 +159,7 @@ def bezier_path(
     loss, calibrate = as_partial(loss_fn), recalibrate and as_partial(recalibrate)
     bend, seen = _free(start, end, control), []
     if num_steps:
-        _check_search(bend, key, learning_rate, optimizer, batches)
+        key = _check_search(bend, key, learning_rate, optimizer, batches)
         # Numpy's generator, as that of jax would be compiled for every number of steps.
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
         shift, rates = rng.uniform(), _rates(learning_rate, optimizer, num_steps)
@@ -209,7 +209,8 @@ def _check_search(
     learning_rate: float | None,
     optimizer: optax.GradientTransformation | None,
     batches: Batches | None,
-) -> None:
+) -> PRNGKeyArray:
+    """Return the key, which a search needs."""
     if key is None:
         raise ValueError(
             "bezier_path draws positions and batches at random, so it needs "
@@ -229,6 +230,7 @@ def _check_search(
             "batches can be gone through only once, but the search and the evaluation "
             "each need them; pass a list, or an object whose __iter__ starts over."
         )
+    return key
 
 
 def _drawn(
@@ -259,7 +261,7 @@ def _free(start: PyTree, end: PyTree, control: PyTree | None) -> PyTree:
     def free(a: Any, b: Any, c: Any) -> Any:
         if a is None or not jnp.issubdtype(jnp.result_type(a, b), jnp.inexact):
             return None
-        dtype = wide_dtype(jnp.result_type(a, b))
+        dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
         if control is not None:
             return jnp.asarray(c, dtype)
         return 0.5 * jnp.asarray(a, dtype) + 0.5 * jnp.asarray(b, dtype)

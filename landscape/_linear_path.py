@@ -14,7 +14,7 @@ arXiv:1912.05671).
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from basinax.landscape._path_point import check_ends, check_positions, on_line
 from basinax.landscape._points import Batches, evaluate_points
@@ -39,7 +39,7 @@ def linear_path(
     start: PyTree,
     end: PyTree,
     *args: PyTree,
-    positions: Float[Array, "n"] | None = None,
+    positions: Float[ArrayLike, "n"] | None = None,
     batches: Batches | None = None,
     weights: Sequence[float] | None = None,
     recalibrate: Callable[..., PyTree] | None = None,

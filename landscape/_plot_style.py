@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.axes import Axes as Axes  # others import it from here
 else:
     Axes = Any  # annotations are evaluated by checkers that need no matplotlib
 
