@@ -26,6 +26,7 @@ h2 { font-size: 1.15rem; margin: 2.6rem 0 .7rem; padding-top: .4rem; }
 p { margin: .4rem 0; } .soft, .notes { color: var(--soft); }
 .notes { font-size: .87rem; margin: .6rem 0 0; padding-left: 1.1rem; }
 nav { margin: 1.2rem 0 0; font-size: .92rem; }
+nav span { margin-right: 1.2rem; }
 nav a { color: var(--accent); display: inline-block; margin-right: 1.2rem;
   text-decoration: none; white-space: nowrap; }
 nav a:hover { text-decoration: underline; }
@@ -134,5 +135,6 @@ def page_html(
         f"<h1>{escape(title)}</h1>"
         f"<p>{escape(lead)}</p>"
         f'<p class="soft">{escape(origin)}</p>'
-        f'<nav aria-label="Contents">{links}</nav>{caution}{body}</body></html>\n'
+        f'<nav aria-label="Contents"><span class="soft">Contents</span> {links}</nav>'
+        f"{caution}{body}</body></html>\n"
     )

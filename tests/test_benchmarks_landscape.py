@@ -77,6 +77,16 @@ def check_planes(found, loss, params):
     assert np.linalg.norm(path[0]) == pytest.approx(
         np.linalg.norm(path, axis=1).max(), rel=0.2
     )
+    # Training went downhill, on the coarsest of grids too.
+    grid, losses = planes["path"], np.array(planes["path"]["losses"])
+    start, end = (
+        losses[
+            np.abs(np.array(grid["x"]) - point[0]).argmin(),
+            np.abs(np.array(grid["y"]) - point[1]).argmin(),
+        ]
+        for point in (path[0], path[-1])
+    )
+    assert start > 1.4 * end
     explained = planes["path"]["explained"]
     assert 0.5 < sum(explained) <= 1 + 1e-6
     # Along the sharpest axis the quadratic model adds one nat at the border.
