@@ -26,15 +26,11 @@ MARGIN = 0.2  # of the path's extent, on each side
 RISE = 1.0  # nats that the quadratic model adds at the end of the sharpest axis
 
 
-def _grid(low: float, high: float, points: int) -> np.ndarray:
-    return np.linspace(low, high, points)
-
-
 def _around(coordinates: np.ndarray, points: int) -> np.ndarray:
     """Cover one coordinate of the path and its end, with a margin."""
     low, high = min(coordinates.min(), 0.0), max(coordinates.max(), 0.0)
     margin = MARGIN * max(high - low, 1e-6)
-    return _grid(low - margin, high + margin, points)
+    return np.linspace(low - margin, high + margin, points)
 
 
 def views(
@@ -83,9 +79,9 @@ def views(
             jax.tree.map(lambda leaf, i=i: leaf[i], pairs.vectors) for i in (0, 1)
         )
         reach = float(jnp.sqrt(2 * RISE / pairs.values[0]))
-        axis = _grid(-reach, reach, points)
+        axis = np.linspace(-reach, reach, points)
         found["hessian"] = look(first, second, axis, axis)
-    axis = _grid(-EXTENT, EXTENT, points)
+    axis = np.linspace(-EXTENT, EXTENT, points)
     first, second = random_directions(params, key, "filter")
     found["random"] = look(first, second, axis, axis)
     if len(path) > 2:

@@ -23,7 +23,13 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from basinax.landscape._draws import normal_like
 from basinax.landscape._moves import check_direction, is_none, moves
-from basinax.landscape._vectors import check_concrete, norm, wide_dtype, widen
+from basinax.landscape._vectors import (
+    check_concrete,
+    is_function,
+    norm,
+    wide_dtype,
+    widen,
+)
 
 Normalize = Literal["filter", "layer"] | None
 Mask = PyTree | Callable[[Any, Any], bool] | None
@@ -67,7 +73,7 @@ def _spread(mask: Mask, params: PyTree) -> PyTree:
     """Give every leaf of the parameters its boolean."""
     if mask is None:
         return jax.tree.map(lambda _: True, params)
-    if callable(mask):
+    if is_function(mask):
         return jax.tree.map_with_path(lambda path, w: bool(mask(path, w)), params)
     for leaf in jax.tree.leaves(mask):
         if not isinstance(leaf, bool | np.bool_):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from basinax.landscape._vectors import wide_dtype
+from basinax.landscape._vectors import is_function, wide_dtype
 
 Scope = Literal["leaf", "global", "neuron"]
 Axes = int | Sequence[int] | None
@@ -114,8 +114,7 @@ def nlm_alignment(
     _check_scope(scope, axes)
     _check_shapes(params, grads)
     if mask is not None:
-        function = callable(mask) and jax.tree_util.all_leaves([mask])
-        mask = mask(params) if function else mask
+        mask = mask(params) if is_function(mask) else mask
         params, grads = (_select(tree, mask) for tree in (params, grads))
     named, treedef = jax.tree.flatten_with_path(params)
     blocks = [

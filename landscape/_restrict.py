@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from jaxtyping import PyTree
 
 from basinax.landscape._sandwich import as_partial
+from basinax.landscape._vectors import is_function
 
 
 @jax.jit
@@ -79,7 +80,7 @@ def restrict(
         >>> float(block(w)["a"])
         4.0
     """
-    if callable(mask) and jax.tree_util.all_leaves([mask]):
+    if is_function(mask):
         return Partial(
             _restricted, as_partial(operator), Partial(_by_path, Partial(mask))
         )

@@ -12,11 +12,13 @@ empty subtree and stays None.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt16
 
@@ -24,6 +26,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt16
 def size(tree: PyTree) -> int:
     """Count the numbers in a tree: the dimension of its vector space."""
     return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def is_function(choice: Any) -> bool:
+    """Tell a function from a tree that can be called, as Equinox modules can."""
+    return callable(choice) and (
+        isinstance(choice, Partial) or jax.tree_util.all_leaves([choice])
+    )
 
 
 def wide_dtype(leaf: ArrayLike) -> jnp.dtype:

@@ -65,6 +65,11 @@ def test_owners_and_masks_of_instruments():
     _, grads = bx.task_gradients(losses, owner=owner)(MODULE)
     assert grads.shared.weight.shape == (2, *MODULE.weight.shape)
     assert grads.shared.bias is None
+    (step,) = landscape.random_directions(
+        MODULE, jax.random.key(0), None, num=1, mask=matrices(MODULE)
+    )
+    assert step.weight.any()
+    assert not step.bias.any()
     found = landscape.nlm_alignment(MODULE, MODULE, mask=matrices(MODULE))
     same = landscape.nlm_alignment(PLAIN, PLAIN, mask=matrices(PLAIN))
     np.testing.assert_array_equal(jax.tree.leaves(found), jax.tree.leaves(same))
