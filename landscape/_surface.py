@@ -1,6 +1,9 @@
 """The loss along a line and over a plane through the parameters.
 
-L(w + t d)        and        L(w + x d₁ + y d₂)
+    L(w + t d)        and        L(w + x d₁ + y d₂)
+
+Reference: Li, Xu, Taylor, Studer, Goldstein, *Visualizing the loss landscape of neural
+nets* (NeurIPS 2018, arXiv:1712.09913).
 """
 
 from collections.abc import Callable, Sequence
